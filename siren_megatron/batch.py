@@ -1,12 +1,19 @@
-"""What flows through a step: samples from the rollout, groups of them, and the tensors the trainer eats.
+"""What flows through a step: samples from the rollout, and the tensors the trainer eats.
 
-Legend: B = responses of a micro-batch, S = padded sequence length (prompt + response),
-N = responses of an optimizer step.
+Legend: N = responses of a rollout step or of one optimizer step, S = padded length (prompt + response).
+Position t of a row holds token t and predicts token t + 1; everything per token (labels, masks, log-probs,
+entropies) stands at the position that PREDICTS the token.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -25,3 +32,115 @@ class Sample:
     response_ids: tuple[int, ...]
     rollout_logprobs: tuple[float, ...]
     finish_reason: str
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """Responses as tensors, padded on the right; the same on every rank.
+
+    Args:
+        tokens: [N, S] int64.
+        labels: [N, S] int64, tokens shifted left by one.
+        loss_mask: [N, S] bool, true where the label is a token of the response.
+        rollout_logprobs: [N, S] fp32 of the rollout engine, 0 outside loss_mask.
+        old_logprobs: [N, S] fp32 of the policy at the start of the step, 0 outside loss_mask.
+        entropy, top_p_entropy: [N, S] fp32 of the policy at the start of the step, 0 outside loss_mask.
+        rewards, advantages: [N] fp32.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    rollout_logprobs: Tensor
+    old_logprobs: Tensor
+    entropy: Tensor
+    top_p_entropy: Tensor
+    rewards: Tensor
+    advantages: Tensor
+
+    @property
+    def num_responses(self) -> int:
+        return self.tokens.size(0)
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens."""
+        return int(self.loss_mask.sum())
+
+    def replace(self, **tensors: Tensor) -> TrainBatch:
+        return dataclasses.replace(self, **tensors)
+
+    def rows(self, start: int, stop: int) -> TrainBatch:
+        return TrainBatch(*(getattr(self, f.name)[start:stop] for f in dataclasses.fields(self)))
+
+    def trimmed(self, multiple: int) -> TrainBatch:
+        """The same rows without the padding that they all share.
+
+        Args:
+            multiple: S stays a multiple of this.
+        """
+        longest = int(self.loss_mask.any(dim=0).nonzero().max()) + 2
+        length = min(-(-longest // multiple) * multiple, self.tokens.size(1))
+        columns = {
+            f.name: getattr(self, f.name)[:, :length].contiguous()
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name).dim() == 2
+        }
+        return self.replace(**columns)
+
+    def to(self, device: torch.device) -> TrainBatch:
+        return TrainBatch(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+
+
+def make_batch(samples: Sequence[Sample], rewards: Tensor, advantages: Tensor, *, multiple: int) -> TrainBatch:
+    """Samples as padded tensors; log-probs and entropies of the policy are zero until the log-prob pass.
+
+    Args:
+        samples: N responses, those of a prompt side by side; none is empty.
+        rewards, advantages: [N].
+        multiple: S is rounded up to a multiple of this.
+    """
+    longest = max(len(s.prompt_ids) + len(s.response_ids) for s in samples)
+    length = -(-longest // multiple) * multiple
+    shape = (len(samples), length)
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.zeros(shape, dtype=torch.int64)
+    loss_mask = torch.zeros(shape, dtype=torch.bool)
+    rollout_logprobs = torch.zeros(shape)
+    for row, sample in enumerate(samples):
+        ids = torch.tensor(sample.prompt_ids + sample.response_ids)
+        # The last prompt token predicts the first response token.
+        span = slice(len(sample.prompt_ids) - 1, len(ids) - 1)
+        tokens[row, : len(ids)] = ids
+        labels[row, : len(ids) - 1] = ids[1:]
+        loss_mask[row, span] = True
+        rollout_logprobs[row, span] = torch.tensor(sample.rollout_logprobs)
+    zeros = torch.zeros(shape)
+    return TrainBatch(
+        tokens, labels, loss_mask, rollout_logprobs, zeros, zeros, zeros, rewards.float(), advantages.float()
+    )
+
+
+def broadcast_batch(batch: TrainBatch | None, device: torch.device) -> TrainBatch:
+    """Rank 0's batch on every rank.
+
+    Args:
+        batch: the batch on rank 0, None elsewhere.
+    """
+    shape = torch.zeros(2, dtype=torch.int64, device=device)
+    if batch is not None:
+        shape.copy_(torch.tensor(batch.tokens.shape))
+    dist.broadcast(shape, src=0)
+    rows, length = shape.tolist()
+    kinds = {"tokens": torch.int64, "labels": torch.int64, "loss_mask": torch.uint8}
+    received = {}
+    for field in dataclasses.fields(TrainBatch):
+        size = (rows,) if field.name in ("rewards", "advantages") else (rows, length)
+        kind = kinds.get(field.name, torch.float32)
+        if batch is None:
+            tensor = torch.empty(size, dtype=kind, device=device)
+        else:
+            tensor = getattr(batch, field.name).to(device=device, dtype=kind).contiguous()
+        dist.broadcast(tensor, src=0)
+        received[field.name] = tensor.bool() if field.name == "loss_mask" else tensor
+    return TrainBatch(**received)

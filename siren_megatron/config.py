@@ -1,0 +1,406 @@
+"""Every option of pretrain_siren.py: frozen dataclasses with help, unit and check. Standard library only.
+
+A field `rollout_batch_size` is the option `--rollout-batch-size`. Options that Megatron-LM has keep its
+spelling. `parse_args` refuses unknown and contradictory options with one line and exit code 2, before
+anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LOSS_AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    type: type | None = None,
+    choices: Sequence[str] | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+):
+    """A dataclass field that is also a command-line option.
+
+    Args:
+        default: default value; `dataclasses.MISSING` for a required option.
+        help: meaning, unit and sentinel values.
+        type: the option's type where the default does not tell it (a default of None).
+        choices: allowed values.
+        minimum, above, maximum: bounds; `minimum` and `maximum` are allowed values, `above` is not.
+    """
+    metadata = {
+        "help": help,
+        "type": type or (str if default in (None, dataclasses.MISSING) else default.__class__),
+        "choices": choices,
+        "minimum": minimum,
+        "above": above,
+        "maximum": maximum,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+REQUIRED = dataclasses.MISSING
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    hf_checkpoint: Path = option(REQUIRED, "Hugging Face checkpoint to start from (a directory)", type=Path)
+    bf16: bool = option(False, "parameters and activations in bfloat16 (default: float32)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    tensor_model_parallel_size: int = option(1, "ranks that share each layer and the vocabulary", minimum=1)
+    pipeline_model_parallel_size: int = option(1, "pipeline stages the layers are cut into", minimum=1)
+    sequence_parallel: bool = option(False, "shard activations between layers over the tensor ranks")
+    use_distributed_optimizer: bool = option(True, "shard optimizer states over the data-parallel ranks")
+    distributed_timeout_minutes: float = option(10.0, "a collective waits this many minutes", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    num_steps: int = option(60, "rollout steps to train, in all (a resumed run counts from 0)", minimum=1)
+    micro_batch_size: int = option(8, "responses of one forward pass on one rank", minimum=1)
+    global_batch_size: int = option(64, "responses of one optimizer step, over all ranks", minimum=1)
+    seq_length: int = option(4096, "most tokens of prompt + response", minimum=2)
+    lr: float = option(1e-6, "peak learning rate of AdamW", above=0)
+    lr_warmup_steps: int = option(5, "optimizer steps of linear warm-up from 0; 0 = none", minimum=0)
+    weight_decay: float = option(0.1, "decoupled weight decay of AdamW", minimum=0)
+    adam_beta1: float = option(0.9, "AdamW's beta 1", minimum=0, maximum=1)
+    adam_beta2: float = option(0.999, "AdamW's beta 2", minimum=0, maximum=1)
+    adam_eps: float = option(1e-8, "AdamW's epsilon", above=0)
+    clip_grad: float = option(1.0, "largest global gradient norm; 0 = no clipping", minimum=0)
+    seed: int = option(1234, "seed of prompts, sampling and initialisation", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoOptions:
+    grpo_clip_ratio_low: float = option(0.2, "epsilon below 1 of the ratio's clip", minimum=0, maximum=1)
+    grpo_clip_ratio_high: float = option(0.2, "epsilon above 1 of the ratio's clip", minimum=0)
+    grpo_dual_clip: float = option(3.0, "bound of the ratio for negative advantages; 0 = none", minimum=0)
+    grpo_normalize_std: bool = option(False, "divide advantages by the group's standard deviation (GRPO)")
+    loss_agg: str = option(
+        "seq-mean-token-sum-norm",
+        "how token losses become one: '-norm' divides by the maximum response length (Dr. GRPO)",
+        choices=LOSS_AGGREGATIONS,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyOptions:
+    entropy_method: str = option("siren", "entropy regulariser", choices=("none", "siren"))
+    entropy_coeff: float = option(0.005, "beta, weight of the entropy term", minimum=0)
+    entropy_top_p: float = option(0.8, "mass of the top-p mask over the vocabulary; 1 = all", above=0, maximum=1)
+    entropy_top_p_boundary: str = option(
+        "inclusive",
+        "whether the token that crosses the mass is in the mask",
+        choices=("inclusive", "exclusive"),
+    )
+    siren_peak_quantile: float = option(
+        0.8, "quantile of a response's entropies above which positions count; 0 = all positions", minimum=0
+    )
+    siren_anchor_estimate: str = option(
+        "step",
+        "mean entropy of the penalty's factor: of the whole optimizer step, or of each micro-batch",
+        choices=("step", "microbatch"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions:
+    rollout_batch_size: int = option(32, "prompts of one step", minimum=1)
+    rollout_num_samples: int = option(8, "responses of one prompt (the group)", minimum=1)
+    rollout_max_response_length: int = option(3072, "most tokens of a response", minimum=1)
+    rollout_temperature: float = option(1.0, "sampling temperature", above=0)
+    rollout_max_in_flight: int = option(8, "requests that wait at the server at a time", minimum=1)
+    rollout_kv_cache_mb: int = option(256, "vLLM's KV cache on a CPU, in MiB", minimum=16)
+    rollout_gpu_memory_utilization: float = option(
+        0.5, "share of a GPU's memory that vLLM takes", above=0, maximum=1
+    )
+    rollout_start_timeout: float = option(300.0, "seconds for the server to become ready", above=0)
+    rollout_request_timeout: float = option(600.0, "seconds for one generation request", above=0)
+    rollout_logprob_tolerance: float = option(
+        0.0,
+        "largest mean difference of vLLM's and the trainer's log-probs, in nats, before the run stops; "
+        "0 = 0.01 in float32 and 0.5 in bfloat16",
+        minimum=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    prompt_data: Path = option(REQUIRED, "JSONL file of prompts and answers", type=Path)
+    prompt_key: str | None = option(None, "field of the prompt; default: problem, question or prompt")
+    prompt_answer_key: str | None = option(None, "field of the answer; default: answer or solution")
+    prompt_system: str | None = option(None, "system message of the chat template")
+    prompt_chat_template: bool = option(True, "apply the tokenizer's chat template where it has one")
+    reward: str = option("math", "reward function", choices=("countdown", "exact", "math"))
+    reward_num_workers: int = option(1, "processes that compute rewards", minimum=1)
+    reward_time_limit: float = option(5.0, "seconds for one response's reward", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    save: Path = option(REQUIRED, "directory of the run: metrics, checkpoints, report, export", type=Path)
+    load: Path | None = option(None, "directory of a run to resume from its newest checkpoint", type=Path)
+    overwrite: bool = option(False, "replace an existing --save directory")
+    save_interval: int = option(0, "steps between checkpoints; 0 = only at the end", minimum=0)
+    log_interval: int = option(1, "steps between printed lines where there is no progress bar", minimum=1)
+    tensorboard_dir: Path | None = option(None, "write TensorBoard events here", type=Path)
+    wandb_project: str | None = option(None, "log to this Weights & Biases project (WANDB_MODE holds)")
+    check: bool = option(False, "check the options and end: nothing is loaded or written")
+
+
+GROUPS = {
+    "model": ModelOptions,
+    "parallel": ParallelOptions,
+    "train": TrainOptions,
+    "grpo": GrpoOptions,
+    "entropy": EntropyOptions,
+    "rollout": RolloutOptions,
+    "data": DataOptions,
+    "run": RunOptions,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of a run, by group."""
+
+    model: ModelOptions
+    parallel: ParallelOptions
+    train: TrainOptions
+    grpo: GrpoOptions
+    entropy: EntropyOptions
+    rollout: RolloutOptions
+    data: DataOptions
+    run: RunOptions
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by its field name, paths as text: what is logged and kept in checkpoints."""
+        values = {}
+        for group in GROUPS:
+            values.update(dataclasses.asdict(getattr(self, group)))
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size
+
+    @property
+    def logprob_tolerance(self) -> float:
+        """Largest mean |log-prob difference| of rollout engine and trainer, in nats."""
+        return self.rollout.rollout_logprob_tolerance or (0.5 if self.model.bf16 else 0.01)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog="pretrain_siren.py",
+        description="GRPO with selective entropy regularisation (SIREN) on megatron-core and vLLM.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name, cls in GROUPS.items():
+        group = parser.add_argument_group(name)
+        for field in dataclasses.fields(cls):
+            kind, text = field.metadata["type"], field.metadata["help"]
+            if kind is bool:
+                group.add_argument(
+                    _flag(field.name), action=argparse.BooleanOptionalAction, default=field.default, help=text
+                )
+            else:
+                required = field.default is REQUIRED
+                group.add_argument(
+                    _flag(field.name),
+                    type=kind,
+                    required=required,
+                    choices=field.metadata["choices"],
+                    default=None if required else field.default,
+                    metavar=None if field.metadata["choices"] else kind.__name__.upper(),
+                    help=text + (" (required)" if required else ""),
+                )
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Config:
+    """The options of a run, checked; prints one line and exits with code 2 where they are wrong."""
+    try:
+        namespace = vars(build_parser().parse_args(argv))
+        config = Config(
+            **{
+                name: cls(**{f.name: namespace[f.name] for f in dataclasses.fields(cls)})
+                for name, cls in GROUPS.items()
+            }
+        )
+        check(config)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"pretrain_siren.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return config
+
+
+def check(config: Config, world_size: int | None = None) -> None:
+    """Refuse options that are wrong alone or together.
+
+    Args:
+        world_size: ranks of the job; torchrun's `WORLD_SIZE` when None (not checked where that is unset
+            and `--check` is given).
+
+    Raises:
+        ValueError: one line that names the option.
+    """
+    _check_bounds(config)
+    _check_batches(config, world_size)
+    architecture = read_hf_config(config.model.hf_checkpoint)
+    _check_architecture(config, architecture)
+    _check_files(config)
+
+
+def _check_bounds(config: Config) -> None:
+    for name, cls in GROUPS.items():
+        for field in dataclasses.fields(cls):
+            value, m = getattr(getattr(config, name), field.name), field.metadata
+            if value is None or not isinstance(value, int | float):
+                continue
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{_flag(field.name)} must be finite, got {value}")
+            if m["minimum"] is not None and value < m["minimum"]:
+                raise ValueError(f"{_flag(field.name)} must be at least {m['minimum']}, got {value}")
+            if m["above"] is not None and value <= m["above"]:
+                raise ValueError(f"{_flag(field.name)} must be greater than {m['above']}, got {value}")
+            if m["maximum"] is not None and value > m["maximum"]:
+                raise ValueError(f"{_flag(field.name)} must be at most {m['maximum']}, got {value}")
+    if config.entropy.siren_peak_quantile >= 1:
+        raise ValueError("--siren-peak-quantile must be less than 1 (no position would count)")
+    if 0 < config.grpo.grpo_dual_clip <= 1:
+        raise ValueError("--grpo-dual-clip must be greater than 1, or 0 for none")
+
+
+def _check_batches(config: Config, world_size: int | None) -> None:
+    train, rollout, parallel = config.train, config.rollout, config.parallel
+    if rollout.rollout_max_response_length >= train.seq_length:
+        raise ValueError(
+            f"--rollout-max-response-length {rollout.rollout_max_response_length} leaves no room for a prompt "
+            f"in --seq-length {train.seq_length}"
+        )
+    responses = rollout.rollout_batch_size * rollout.rollout_num_samples
+    if responses % train.global_batch_size:
+        raise ValueError(
+            f"--global-batch-size {train.global_batch_size} does not divide the {responses} responses of "
+            "--rollout-batch-size x --rollout-num-samples"
+        )
+    if train.global_batch_size % train.micro_batch_size:
+        raise ValueError(
+            f"--micro-batch-size {train.micro_batch_size} does not divide "
+            f"--global-batch-size {train.global_batch_size}"
+        )
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise ValueError("--sequence-parallel needs --tensor-model-parallel-size of at least 2")
+    if world_size is None:
+        if "WORLD_SIZE" not in os.environ and config.run.check:
+            return
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = config.model_parallel_size
+    if world_size % size:
+        raise ValueError(
+            f"--tensor-model-parallel-size x --pipeline-model-parallel-size = {size} does not divide the "
+            f"{world_size} rank(s) of the job; start it with torchrun --nproc-per-node {size}"
+        )
+    per_rank = train.micro_batch_size * (world_size // size)
+    if train.global_batch_size % per_rank:
+        raise ValueError(
+            f"--micro-batch-size {train.micro_batch_size} x {world_size // size} data-parallel rank(s) does not "
+            f"divide --global-batch-size {train.global_batch_size}"
+        )
+
+
+def read_hf_config(directory: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face checkpoint.
+
+    Raises:
+        ValueError: no such directory or file, or it is not JSON.
+    """
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise ValueError(f"--hf-checkpoint {directory} is not a directory")
+    if not path.is_file():
+        raise ValueError(f"--hf-checkpoint {directory} holds no config.json")
+    if not any(directory.glob("*.safetensors")):
+        raise ValueError(f"--hf-checkpoint {directory} holds no *.safetensors file")
+    try:
+        architecture = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(architecture, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return architecture
+
+
+def _check_architecture(config: Config, architecture: dict[str, Any]) -> None:
+    tp = config.parallel.tensor_model_parallel_size
+    pp = config.parallel.pipeline_model_parallel_size
+    heads = architecture.get("num_attention_heads", 0)
+    divided = {
+        "num_attention_heads": (heads, "--tensor-model-parallel-size", tp),
+        "num_key_value_heads": (
+            architecture.get("num_key_value_heads", heads),
+            "--tensor-model-parallel-size",
+            tp,
+        ),
+        "intermediate_size": (architecture.get("intermediate_size", 0), "--tensor-model-parallel-size", tp),
+        "num_hidden_layers": (
+            architecture.get("num_hidden_layers", 0),
+            "--pipeline-model-parallel-size",
+            pp,
+        ),
+    }
+    for key, (value, flag, size) in divided.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"--hf-checkpoint: config.json has no positive {key}")
+        if value % size:
+            raise ValueError(f"{flag} {size} does not divide the model's {key} {value}")
+    limit = architecture.get("max_position_embeddings", config.train.seq_length)
+    if config.train.seq_length > limit:
+        raise ValueError(
+            f"--seq-length {config.train.seq_length} exceeds the model's max_position_embeddings {limit}"
+        )
+
+
+def _check_files(config: Config) -> None:
+    from siren_megatron.prompts import validate_prompt_file
+
+    run = config.run
+    validate_prompt_file(
+        config.data.prompt_data, prompt_key=config.data.prompt_key, answer_key=config.data.prompt_answer_key
+    )
+    if run.load is not None and run.overwrite:
+        raise ValueError("--load and --overwrite contradict each other")
+    if run.load is not None and not (run.load / "checkpoints").is_dir():
+        raise ValueError(f"--load {run.load} holds no checkpoint")
+    if run.save.exists() and not run.save.is_dir():
+        raise ValueError(f"--save {run.save} is not a directory")
+    resumes_itself = run.load is not None and run.load.resolve() == run.save.resolve()
+    if run.save.is_dir() and any(run.save.iterdir()) and not (resumes_itself or run.overwrite):
+        raise ValueError(f"--save {run.save} exists already: pass --load {run.save} or --overwrite")

@@ -1,0 +1,155 @@
+"""CUDA with NCCL or CPU with gloo: the only place that knows which, and that adapts megatron-core to it.
+
+megatron-core names CUDA in many places (`torch.cuda.current_device()`, `device="cuda"`, RNG states, tensor
+type names). On a machine without a GPU `install()` points these names at the CPU; on CUDA it changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+# Factories that megatron-core calls with device="cuda".
+_FACTORIES = (
+    "arange",
+    "empty",
+    "empty_like",
+    "full",
+    "ones",
+    "ones_like",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
+_CUDA_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.float16: "torch.cuda.HalfTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+}
+
+
+@dataclass(frozen=True)
+class Platform:
+    """The device of this rank and the collective backend that goes with it."""
+
+    device: torch.device
+    backend: str
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def install(local_rank: int | None = None) -> Platform:
+    """Choose the platform of this process and make megatron-core run on it.
+
+    Call before `megatron.core` is imported. Idempotent.
+
+    Args:
+        local_rank: index of the GPU on this machine; `LOCAL_RANK` of torchrun when None.
+    """
+    if torch.cuda.is_available():
+        if local_rank is None:
+            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank)
+        return Platform(torch.device("cuda", local_rank), "nccl")
+    _point_cuda_at_cpu()
+    return Platform(torch.device("cpu"), "gloo")
+
+
+def init_process_group(platform: Platform, timeout_s: float) -> None:
+    """Join torchrun's process group (a group of one when the program is started without torchrun).
+
+    Args:
+        timeout_s: seconds after which a collective that a dead rank never joins fails.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = "0"
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        dist.init_process_group(platform.backend, store=store, rank=0, world_size=1)
+        return
+    dist.init_process_group(platform.backend, timeout=datetime.timedelta(seconds=timeout_s))
+
+
+class _NullStream:
+    """Stands for a CUDA stream or event where there is one queue only: the CPU's own order."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        return False
+
+    def _nothing(self, *args, **kwargs):
+        return None
+
+    wait_stream = wait_event = record = record_event = wait = synchronize = _nothing
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, other):
+        return 0.0
+
+
+@functools.cache
+def _point_cuda_at_cpu() -> None:
+    cpu = torch.device("cpu")
+
+    def nothing(*args, **kwargs):
+        return None
+
+    cuda = torch.cuda
+    cuda.current_device = lambda: cpu
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    for name in ("manual_seed", "manual_seed_all", "set_rng_state", "synchronize", "set_device", "empty_cache"):
+        setattr(cuda, name, nothing)
+    cuda.random.set_rng_state = cuda.random.manual_seed = nothing
+    cuda.Stream = cuda.Event = _NullStream
+    cuda.stream = lambda stream=None: contextlib.nullcontext()
+    cuda.current_stream = cuda.default_stream = lambda device=None: _NullStream()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = nothing
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name), cpu))
+
+    # The optimizers sort parameters by the name of their CUDA type.
+    plain_type = torch.Tensor.type
+
+    def type_as_cuda(self, dtype=None, *args, **kwargs):
+        if dtype is None and not args and not kwargs and self.dtype in _CUDA_TYPE_NAMES:
+            return _CUDA_TYPE_NAMES[self.dtype]
+        return plain_type(self, dtype, *args, **kwargs) if dtype is not None else plain_type(self)
+
+    torch.Tensor.type = type_as_cuda
+
+    # Queues one stack trace a call for a CUDA that never initialises; there is no dropout RNG to set here.
+    from megatron.core.tensor_parallel import random
+
+    random._set_cuda_rng_state = nothing
+
+
+def _on_cpu(factory, cpu):
+    @functools.wraps(factory)
+    def on_cpu(*args, **kwargs):
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = cpu
+            kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return on_cpu
