@@ -1,0 +1,220 @@
+"""Generation: token ids in, token ids and log-probs out, from the vLLM server of `vllm_server`.
+
+No tokenizer is involved. This module imports neither vLLM nor torch nor Megatron.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from siren_megatron.batch import Sample
+from siren_megatron.vllm_server import RolloutError, RolloutServer, ServerOptions, error_text
+
+__all__ = [
+    "RolloutClient",
+    "RolloutError",
+    "RolloutServer",
+    "ServerOptions",
+    "parse_completion",
+    "prompt_seed",
+]
+
+
+def prompt_seed(seed: int, prompt_index: int) -> int:
+    """Seed of one prompt's request, in [0, 2**62): prompts must not share their random numbers."""
+    digest = hashlib.blake2b(f"{seed}:{prompt_index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2
+
+
+class RolloutClient:
+    """Generates responses with a running vLLM server.
+
+    Args:
+        url: the server's "http://host:port".
+        request_timeout_s: seconds that one prompt's responses may take, waiting in vLLM's queue included.
+        max_in_flight: requests (prompts) sent at a time; vLLM batches what it has.
+        server: the server, if it is ours: its death is then noticed and described.
+        model: the model's name in requests; taken from server when that is given.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        request_timeout_s: float,
+        max_in_flight: int,
+        *,
+        server: RolloutServer | None = None,
+        model: str | None = None,
+    ) -> None:
+        if request_timeout_s <= 0:
+            raise ValueError(f"request_timeout_s is {request_timeout_s}; it has to be positive")
+        if max_in_flight <= 0:
+            raise ValueError(f"max_in_flight is {max_in_flight}; it has to be positive")
+        self.url = url
+        self.request_timeout_s = request_timeout_s
+        self.max_in_flight = max_in_flight
+        self._server = server
+        self._model = model if server is None else server.name
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        max_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        seed: int,
+        stop_token_ids: Sequence[int],
+        on_group: Callable[[int, list[Sample]], None] | None = None,
+    ) -> list[list[Sample]]:
+        """Sample num_samples responses to every prompt.
+
+        The same arguments and weights give the same tokens, up to the last bit of the logits: how vLLM
+        batches the sequences can move a probability by its rounding error.
+
+        Args:
+            prompts: token ids of each prompt.
+            num_samples: responses a prompt.
+            max_tokens: longest response, in tokens.
+            temperature: sampling temperature; 0 = greedy (then num_samples has to be 1).
+            top_p: nucleus of the sampling distribution, in (0, 1].
+            seed: any integer; sample i of prompt k draws from a stream of its own.
+            stop_token_ids: tokens that end a response, as its last token; only max_tokens ends one else.
+            on_group: called in this thread with (prompt index, its samples) as soon as a prompt is done,
+                in the order in which prompts finish.
+
+        Returns:
+            One list of num_samples samples a prompt, in the order of prompts.
+
+        Raises:
+            ValueError: an argument is out of range.
+            RolloutError: the server died, refused a request, timed out or gave an unusable answer.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}; it has to be at least 1")
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}; it has to be at least 1")
+        if temperature < 0 or (temperature == 0 and num_samples > 1):
+            raise ValueError(f"temperature is {temperature}; it has to be positive for {num_samples} samples")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p is {top_p}; it has to be in (0, 1]")
+        for index, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise ValueError(f"prompt {index} is empty")
+        common = {
+            "model": self._model,
+            "n": num_samples,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "stop_token_ids": list(stop_token_ids),
+            "ignore_eos": True,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+        }
+        return asyncio.run(self._generate([list(prompt) for prompt in prompts], common, seed, on_group))
+
+    async def _generate(
+        self,
+        prompts: list[list[int]],
+        common: dict[str, Any],
+        seed: int,
+        on_group: Callable[[int, list[Sample]], None] | None,
+    ) -> list[list[Sample]]:
+        import aiohttp
+
+        groups: list[list[Sample]] = [[] for _ in prompts]
+        waiting = iter(enumerate(prompts))
+
+        async def worker(session: aiohttp.ClientSession) -> None:
+            for index, prompt in waiting:
+                body = {**common, "prompt": prompt, "seed": prompt_seed(seed, index)}
+                async with session.post("/v1/completions", json=body) as response:
+                    answer = await response.json(content_type=None)
+                    if response.status != 200:
+                        raise _BadAnswer(f"HTTP {response.status} for prompt {index}: {error_text(answer)}")
+                groups[index] = parse_completion(answer, tuple(prompt), common["n"])
+                if on_group is not None:
+                    on_group(index, groups[index])
+
+        async def watch_server() -> None:
+            while self._server is None or self._server.alive():
+                await asyncio.sleep(0.5)
+            raise _BadAnswer("the server ended")
+
+        # A fresh session for every call: an idle connection from the last step may be half closed by now.
+        connector = aiohttp.TCPConnector(limit=0)
+        timeout = aiohttp.ClientTimeout(total=self.request_timeout_s)
+        async with aiohttp.ClientSession(self.url, connector=connector, timeout=timeout) as session:
+            tasks = [
+                asyncio.create_task(worker(session)) for _ in range(min(self.max_in_flight, len(prompts)))
+            ]
+            watcher = asyncio.create_task(watch_server())
+            work = asyncio.gather(*tasks)
+            try:
+                await asyncio.wait([work, watcher], return_when=asyncio.FIRST_COMPLETED)
+                (work if work.done() else watcher).result()
+            except asyncio.TimeoutError as error:
+                raise RolloutError(
+                    f"a request to {self.url} took longer than {self.request_timeout_s:g} s{self._log_hint()}"
+                ) from error
+            except (aiohttp.ClientError, OSError, json.JSONDecodeError, _BadAnswer) as error:
+                # No HTTP 4xx comes from a dying server: what was asked is wrong, and waiting is useless.
+                refused = isinstance(error, _BadAnswer) and str(error).startswith("HTTP 4")
+                if self._server is None or refused:
+                    raise RolloutError(f"generation failed: {_one_line(error)}{self._log_hint()}") from error
+                state = await asyncio.to_thread(self._server.describe_death)
+                raise RolloutError(f"generation failed: {state} ({_one_line(error)})") from error
+            finally:
+                for task in [*tasks, watcher]:
+                    task.cancel()
+                await asyncio.gather(*tasks, watcher, return_exceptions=True)
+        return groups
+
+    def _log_hint(self) -> str:
+        return "" if self._server is None else f"; vLLM's log: {self._server.options.log_file}"
+
+
+class _BadAnswer(Exception):
+    """An answer of the server that can't be used; becomes a RolloutError."""
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def parse_completion(
+    answer: Mapping[str, Any], prompt_ids: tuple[int, ...], num_samples: int
+) -> list[Sample]:
+    """The samples in vLLM's answer to one prompt, in the order of their seeds.
+
+    Args:
+        answer: decoded JSON of /v1/completions.
+        prompt_ids: the prompt that was asked.
+        num_samples: choices that have to be there.
+
+    Raises:
+        _BadAnswer: choices are missing, cut short by the server or have no finite log-probs.
+    """
+    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+    if len(choices) != num_samples:
+        raise _BadAnswer(f"{len(choices)} responses came for a prompt, {num_samples} were asked for")
+    samples = []
+    for choice in choices:
+        token_ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise _BadAnswer(f"vLLM ended a response with finish_reason {choice['finish_reason']!r}")
+        if not token_ids or len(token_ids) != len(logprobs):
+            raise _BadAnswer(f"a response has {len(token_ids)} tokens and {len(logprobs)} log-probs")
+        if not all(value is not None and math.isfinite(value) for value in logprobs):
+            raise _BadAnswer("a response has a log-prob that is not finite: the served weights may be broken")
+        samples.append(Sample(prompt_ids, tuple(token_ids), tuple(logprobs), choice["finish_reason"]))
+    return samples
