@@ -1,0 +1,246 @@
+"""Plain-torch engine: sweep of a shard, merge of the shards' tournaments, gradient.
+
+Legend: T = rows (tokens), Vs = columns of this shard (vocab / tp), W = its true columns (no padding),
+K = length of a shard's list of largest logits, tp = tensor-parallel size.
+
+A row's *pack* is what one rank tells the others: 8 header words and K list words
+``[max, label logit, sum e (fp64), sum e*d (fp64), unused x 2, K largest logits in descending order]``
+with d = z - max and e = exp(d) of that shard. Words are fp32 (288 bytes for K = 64), fp64 for fp64 logits.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TOP_K = 64
+HEADER = 8
+_BLOCK = 64
+_TILE_BYTES = 4 << 20  # a tile of rows and its temporaries stay in the cache
+
+
+class Nucleus(NamedTuple):
+    """A nucleus per row: tokens with z > tau, or z == tau and local column < cut.
+
+    Args: all fields [T]. row_max, tau: logits' compute dtype; sum_e, sum_ed: whole vocabulary, relative to
+    row_max; mass, mass_ed: the same sums over the nucleus; certified: False = settle by radix select.
+    """
+
+    row_max: Tensor
+    label_logit: Tensor
+    sum_e: Tensor
+    sum_ed: Tensor
+    tau: Tensor
+    cut: Tensor
+    mass: Tensor
+    mass_ed: Tensor
+    certified: Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 stays fp64; everything else is computed in fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def lowest_exponent(dtype: torch.dtype) -> float:
+    """Where exp(d) is zero or nearly so: d is clamped here, so that 0 * (-inf) never happens."""
+    return -750.0 if dtype == torch.float64 else -110.0
+
+
+def _tile_rows(columns: int, chunk_bytes: int, itemsize: int) -> int:
+    return max(1, min(_TILE_BYTES, chunk_bytes // 4) // max(1, columns * itemsize))
+
+
+def _row_max(z: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Largest logit of each row [R] and the maxima of strided blocks {j, j + n, j + 2n, ...} [R, n]."""
+    blocks = z.shape[1] // _BLOCK
+    if blocks == 0:
+        return z.amax(-1), None
+    main = z[:, : blocks * _BLOCK]
+    maxima = main.unflatten(1, (_BLOCK, blocks)).amax(1)
+    top = maxima.amax(-1)
+    if z.shape[1] > main.shape[1]:
+        top = torch.maximum(top, z[:, main.shape[1] :].amax(-1))
+    return top, maxima
+
+
+def _largest(z: Tensor, maxima: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
+    """The top_k largest logits of each row and their columns [R, top_k]: value descending, column ascending.
+
+    Any logit above the top_k-th largest block maximum lies in one of the top_k blocks.
+    """
+    rows, width = z.shape
+    if maxima is not None and maxima.shape[1] > top_k:
+        blocks = maxima.shape[1]
+        best = maxima.topk(top_k, -1, sorted=False).indices
+        offsets = torch.arange(_BLOCK, device=z.device) * blocks
+        columns = (best.unsqueeze(-1) + offsets).flatten(1)
+        if width > _BLOCK * blocks:
+            rest = torch.arange(_BLOCK * blocks, width, device=z.device)
+            columns = torch.cat([columns, rest.expand(rows, -1)], -1)
+        candidates = z.gather(1, columns)
+    else:
+        columns = torch.arange(width, device=z.device).expand(rows, -1)
+        candidates = z
+    if candidates.shape[1] > top_k:
+        picked = candidates.topk(top_k, -1, sorted=False).indices
+        columns, candidates = columns.gather(1, picked), candidates.gather(1, picked)
+    columns, order = columns.sort(-1)
+    values, order = candidates.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    return values, columns.gather(1, order)
+
+
+def sweep(z: Tensor, local_labels: Tensor, width: int, top_k: int, chunk_bytes: int) -> tuple[Tensor, Tensor]:
+    """One pass over a shard.
+
+    Args: z [T, Vs]; local_labels [T], out of [0, W) where another shard holds the label; top_k 0 = no lists.
+    Returns: pack [T, 8 + top_k] and the lists' local columns [T, top_k] int64.
+    """
+    dtype = compute_dtype(z.dtype)
+    pack = torch.full((z.shape[0], HEADER + top_k), -torch.inf, dtype=dtype, device=z.device)
+    columns = torch.zeros((z.shape[0], top_k), dtype=torch.int64, device=z.device)
+    wide = pack if dtype == torch.float64 else pack.view(torch.float64)
+    at = (2, 3) if dtype == torch.float64 else (1, 2)
+    wide[:, at[0] : at[1] + 1] = 0.0
+    pack[:, 6:8] = 0.0
+    if width == 0 or z.shape[0] == 0:
+        return pack, columns
+    owned = (local_labels >= 0) & (local_labels < width)
+    label_logit = z.gather(1, local_labels.clamp(0, width - 1).unsqueeze(1)).squeeze(1).to(dtype)
+    pack[:, 1] = torch.where(owned, label_logit, -torch.inf)
+    step = _tile_rows(width, chunk_bytes, dtype.itemsize)
+    d_tile = torch.empty((min(step, z.shape[0]), width), dtype=dtype, device=z.device)
+    e_tile = torch.empty_like(d_tile)
+    for start in range(0, z.shape[0], step):
+        rows = slice(start, min(start + step, z.shape[0]))
+        count = rows.stop - rows.start
+        d, e = d_tile[:count], e_tile[:count]
+        tile = z[rows, :width]
+        if tile.dtype != dtype:
+            tile = e.copy_(tile)
+        top, maxima = _row_max(tile)
+        if top_k:
+            values, ids = _largest(tile, maxima, top_k)
+            pack[rows, HEADER : HEADER + values.shape[1]] = values
+            columns[rows, : ids.shape[1]] = ids
+        pack[rows, 0] = top
+        origin = torch.where(top == -torch.inf, 0.0, top)
+        torch.sub(tile, origin.unsqueeze(1), out=d)
+        d.clamp_(min=lowest_exponent(dtype))
+        torch.exp(d, out=e)
+        wide[rows, at[0]] = e.sum(-1).double()
+        wide[rows, at[1]] = d.mul_(e).sum(-1).double()
+        empty = top == -torch.inf
+        wide[rows, at[0]] = wide[rows, at[0]].masked_fill(empty, 0.0)
+        wide[rows, at[1]] = wide[rows, at[1]].masked_fill(empty, 0.0)
+    return pack, columns
+
+
+def sum_slack(mean_d: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bound on the relative error of a sweep's sum e [T]: rounding of d, of exp and of the summation."""
+    unit = torch.finfo(dtype).eps
+    return unit * (24.0 + 2.0 * mean_d.abs())
+
+
+def merge(packs: Tensor, columns: Tensor, rank: int, top_p: float, exclusive: bool) -> Nucleus:
+    """Join the ranks' packs; find the nucleus from their lists and certify it.
+
+    Args: packs [tp, T, 8 + K]; columns [T, K] of this rank; top_p 1 (with K = 0) = no nucleus wanted.
+    Returns: Nucleus; rows that the lists can't prove have certified False.
+    """
+    dtype = packs.dtype
+    wide = packs if dtype == torch.float64 else packs.contiguous().view(torch.float64)
+    at = (2, 3) if dtype == torch.float64 else (1, 2)
+    shard_max = packs[..., 0].double()
+    row_max = packs[..., 0].amax(0)
+    label_logit = packs[..., 1].amax(0)
+    m = row_max.double()
+    shift = (shard_max - m).masked_fill(shard_max == -torch.inf, -1e4)
+    scale = shift.exp()
+    sum_e = (wide[..., at[0]] * scale).sum(0)
+    sum_ed = ((wide[..., at[1]] + shift * wide[..., at[0]]) * scale).sum(0)
+    invalid = sum_e.isnan() | (sum_e == 0)
+    sum_e = sum_e.masked_fill(invalid, torch.nan)
+    sum_ed = sum_ed.masked_fill(invalid, torch.nan)
+    top_k = packs.shape[2] - HEADER
+    if top_k == 0:
+        tau = torch.full_like(row_max, -torch.inf).masked_fill(invalid, torch.nan)
+        cut = torch.zeros_like(row_max, dtype=torch.int64)
+        return Nucleus(row_max, label_logit, sum_e, sum_ed, tau, cut, sum_e, sum_ed, torch.ones_like(invalid))
+    lists = packs[..., HEADER:].transpose(0, 1).flatten(1)  # [T, tp * K], lower ranks first
+    values, source = lists.sort(dim=-1, descending=True, stable=True)
+    d = (values.double() - m.unsqueeze(1)).clamp(min=-750.0)
+    e = d.exp().masked_fill(values == -torch.inf, 0.0)
+    mass, mass_ed = e.cumsum(-1), (e * d).cumsum(-1)
+    target = top_p * sum_e
+    crossing = (mass < target.unsqueeze(1)).sum(-1)  # position of the token that reaches the target
+    reached = crossing < values.shape[1]
+    at_crossing = crossing.clamp(max=values.shape[1] - 1).unsqueeze(1)
+
+    def before(sums: Tensor) -> Tensor:
+        return torch.where(crossing == 0, 0.0, sums.gather(1, (at_crossing - 1).clamp(min=0)).squeeze(1))
+
+    tau = values.gather(1, at_crossing).squeeze(1)
+    through = mass.gather(1, at_crossing).squeeze(1)
+    slack = sum_slack(sum_ed / sum_e, dtype) * target
+    tail = packs[..., -1].amax(0)
+    certified = reached & (tau > tail) & (through >= target + slack) & (before(mass) < target - slack)
+    taken = crossing if exclusive else crossing + 1
+    own = (source // top_k == rank) & (values == tau.unsqueeze(1))
+    own &= torch.arange(values.shape[1], device=values.device) < taken.unsqueeze(1)
+    ties = own.sum(-1)
+    last_tie = (packs[rank, :, HEADER:] > tau.unsqueeze(1)).sum(-1) + ties - 1
+    cut = columns.gather(1, last_tie.clamp(0, top_k - 1).unsqueeze(1)).squeeze(1) + 1
+    cut = torch.where(ties > 0, cut, 0)
+    if exclusive:
+        through, through_ed = before(mass), before(mass_ed)
+    else:
+        through_ed = mass_ed.gather(1, at_crossing).squeeze(1)
+    tau = tau.masked_fill(invalid, torch.nan)
+    through, through_ed = through.masked_fill(invalid, torch.nan), through_ed.masked_fill(invalid, torch.nan)
+    certified |= invalid
+    return Nucleus(row_max, label_logit, sum_e, sum_ed, tau, cut, through, through_ed, certified)
+
+
+def backward(
+    z: Tensor,
+    out: Tensor,
+    coefs: Tensor,
+    nucleus: tuple[Tensor, Tensor, Tensor],
+    width: int,
+    chunk_bytes: int,
+) -> None:
+    """Write grad = e * (a0 + a1 d + 1_N (b0 + b1 d)) to out; the caller adds the label's term.
+
+    Args: z, out [T, Vs] (may be the same tensor); coefs [T, 4] = a0, a1, b0, b1, compute dtype;
+    nucleus = (row_max, tau, cut), each [T].
+    """
+    dtype = compute_dtype(z.dtype)
+    row_max, tau, cut = nucleus
+    out[:, width:] = 0
+    if width == 0 or z.shape[0] == 0:
+        return
+    step = _tile_rows(width, chunk_bytes, dtype.itemsize)
+    d_tile = torch.empty((min(step, z.shape[0]), width), dtype=dtype, device=z.device)
+    e_tile = torch.empty_like(d_tile)
+    masked = bool((coefs[:, 2:] != 0).any())
+    column = torch.arange(width, device=z.device) if masked else None
+    for start in range(0, z.shape[0], step):
+        rows = slice(start, min(start + step, z.shape[0]))
+        d, e = d_tile[: rows.stop - start], e_tile[: rows.stop - start]
+        a0, a1, b0, b1 = (c.unsqueeze(1) for c in coefs[rows].unbind(1))
+        tile = z[rows, :width]
+        if tile.dtype != dtype:
+            tile = e.copy_(tile)
+        inside = None
+        if masked:
+            threshold = tau[rows].unsqueeze(1)
+            inside = (tile > threshold) | ((tile == threshold) & (column < cut[rows].unsqueeze(1)))
+        torch.sub(tile, row_max[rows].unsqueeze(1), out=d)
+        d.clamp_(min=lowest_exponent(dtype))
+        torch.exp(d, out=e)
+        if inside is None:
+            grad = d.mul_(a1).add_(a0)
+        else:
+            grad = torch.where(inside, (b1 + a1) * d + (b0 + a0), a1 * d + a0)
+        out[rows, :width] = grad.mul_(e)
