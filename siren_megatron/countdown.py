@@ -1,17 +1,18 @@
 """The Countdown task: reach a target from three numbers in two arithmetic steps. Standard library only.
 
-An instance is three numbers in 1-12 and a target in 1-60. Its prompt is ``a b c : target`` and a right
+An instance is three numbers in 1-12 and a target in 1-60. Its prompt is ``Make 36 from 2 5 12:`` and a right
 response is ``x op y = z`` twice: the first step takes two of the numbers, the second its result and the
 number left over, and ends on the target. Every intermediate result lies in 0-99, so that each number is one
-token; 3,341 instances have a solution. Words are separated by one space and each is one token: a response is
-10 words and the end-of-sequence token.
+token; 3,341 instances have a solution. Each word is one token together with the space before it: a prompt is
+7 tokens, a response 10 and the end-of-sequence token.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import combinations_with_replacement, permutations
 
 MIN_NUMBER, MAX_NUMBER = 1, 12
@@ -20,15 +21,20 @@ MAX_RESULT = 99
 
 OPERATORS = ("+", "-", "×")
 EQUALS = "="
-PROMPT_END = ":"
 END_OF_TEXT = "<|endoftext|>"
 
-VOCABULARY = (*map(str, range(MAX_RESULT + 1)), *OPERATORS, EQUALS, PROMPT_END, END_OF_TEXT)
-"""The 106 words that the task uses, in the order of their token ids; the last one ends a sequence."""
+VOCABULARY = (
+    END_OF_TEXT,
+    *("Make", " from", ":"),
+    *(f" {word}" for word in (*OPERATORS, EQUALS)),
+    *(f" {number}" for number in range(MAX_RESULT + 1)),
+)
+"""The 108 tokens that the task uses, in the order of their ids."""
 
-PROMPT_WORDS = 5
+PROMPT_TOKENS = 7
 RESPONSE_WORDS = 10
 
+_PROMPT = re.compile(r"Make (\d{1,2}) from (\d{1,2}) (\d{1,2}) (\d{1,2}):", re.ASCII)
 _NUMBERS = {str(n): n for n in range(MAX_RESULT + 1)}
 
 
@@ -52,27 +58,24 @@ def solve(instance: Instance) -> tuple[str, ...]:
 
 
 def render_prompt(instance: Instance) -> str:
-    """The prompt, e.g. ``"2 3 7 : 13"``. It names the whole instance, so it also serves as the ``answer``."""
-    return f"{' '.join(map(str, instance.numbers))} {PROMPT_END} {instance.target}"
+    """The prompt, e.g. ``"Make 36 from 2 5 12:"``. It names the whole instance: it is the answer too."""
+    return f"Make {instance.target} from {' '.join(map(str, instance.numbers))}:"
 
 
 def parse_instance(text: str) -> Instance:
     """Read an instance back from its prompt.
 
     Raises:
-        ValueError: the text is not ``a b c : target`` with whole numbers in their ranges.
+        ValueError: the text is not such a prompt, or a number of it is out of range.
     """
-    words = text.split()
-    if len(words) == PROMPT_WORDS and words[3] == PROMPT_END:
-        values = [_NUMBERS.get(word) for word in (*words[:3], words[4])]
-        if all(value is not None for value in values):
-            a, b, c, target = values
-            in_range = all(MIN_NUMBER <= n <= MAX_NUMBER for n in (a, b, c))
-            if in_range and MIN_TARGET <= target <= MAX_TARGET:
-                return Instance(tuple(sorted((a, b, c))), target)
+    match = _PROMPT.fullmatch(text.strip())
+    if match:
+        target, *numbers = map(int, match.groups())
+        if all(MIN_NUMBER <= n <= MAX_NUMBER for n in numbers) and MIN_TARGET <= target <= MAX_TARGET:
+            return Instance(tuple(sorted(numbers)), target)
     raise ValueError(
-        f"not a Countdown instance: {text[:60]!r} (expected 'a b c : target', "
-        f"numbers {MIN_NUMBER}-{MAX_NUMBER}, target {MIN_TARGET}-{MAX_TARGET})"
+        f"not a Countdown instance: {text[:60]!r} (expected 'Make TARGET from A B C:', "
+        f"target {MIN_TARGET}-{MAX_TARGET}, numbers {MIN_NUMBER}-{MAX_NUMBER})"
     )
 
 
@@ -82,7 +85,7 @@ def verify(response: str, instance: Instance) -> bool:
     One end-of-sequence word at the end is allowed; any other word too many or too few makes it wrong.
     """
     # A right response has at most 40 characters: a split of megabytes would be wasted.
-    words = response.removesuffix(END_OF_TEXT).split() if len(response) <= 1000 else []
+    words = response.strip().removesuffix(END_OF_TEXT).split() if len(response) <= 1000 else []
     if len(words) != RESPONSE_WORDS:
         return False
     available = list(instance.numbers)
@@ -122,7 +125,7 @@ def _steps(x: int, y: int) -> Iterator[tuple[str, int]]:
             yield f"{x} {operator} {y} {EQUALS} {result}", result
 
 
-@lru_cache(maxsize=None)
+@cache
 def _solutions(numbers: tuple[int, int, int]) -> dict[int, tuple[str, ...]]:
     """For one triple of numbers: target -> every right response."""
     found: dict[int, set[str]] = {}

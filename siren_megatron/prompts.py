@@ -62,12 +62,16 @@ def load_tokenizer(path: str | os.PathLike[str]):
     Raises:
         ValueError: the directory has no tokenizer that transformers can load, or it has no end of sequence.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if not Path(path).is_dir():
+    path = Path(path)
+    if not path.is_dir():
         raise ValueError(f"--hf-checkpoint {path}: no such directory")
+    # transformers 5 rebuilds some tokenizers from the class of the model's type and drops the splitting
+    # rules of tokenizer.json: other token ids, silently. The plain class takes the file as it is.
+    loader = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = loader.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"--hf-checkpoint {path}: no tokenizer loads from it: {_one_line(error)}") from error
     if tokenizer.eos_token_id is None:

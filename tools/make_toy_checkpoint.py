@@ -24,26 +24,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from siren_megatron import countdown  # noqa: E402
+from siren_megatron.prompts import data_fingerprint, read_jsonl_field  # noqa: E402
 
 RECIPE_FILE = "toy_checkpoint.json"
-RECIPE_VERSION = 1
-END_OF_TEXT = countdown.END_OF_TEXT
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-CHATML_TEMPLATE = (
-    "{%- if messages[0]['role'] == 'system' %}"
-    "{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"
-    "{%- else %}"
-    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
-    "{%- endif %}"
-    "{%- for message in messages %}"
-    "{%- if message.role != 'system' or not loop.first %}"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{%- endif %}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}"
-    "{{- '<|im_start|>assistant\\n' }}"
-    "{%- endif %}"
-)
+RECIPE_VERSION = 2
 
 
 def build_countdown_checkpoint(
@@ -87,26 +71,25 @@ def build_countdown_checkpoint(
     Raises:
         ValueError: an argument is out of range, or ``output`` exists and was built otherwise.
     """
-    arguments = {key: value for key, value in locals().items() if key not in ("output", "overwrite", "quiet")}
-    _check_model_arguments(hidden_size, num_layers, num_attention_heads, num_key_value_heads)
+    arguments = _recipe_arguments(locals())
     if steps < 1 or batch_size < 1 or num_eval_samples < 1:
         raise ValueError("--steps, --batch-size and --num-eval-samples must be at least 1")
     if not 0 <= noise < 1:
         raise ValueError(f"--noise must be in [0, 1), got {noise}")
-    if vocab_size <= len(countdown.VOCABULARY):
-        raise ValueError(f"--vocab-size must be above {len(countdown.VOCABULARY)}, got {vocab_size}")
     instances = countdown.enumerate_instances()
     if not 1 <= num_eval_prompts < len(instances):
         raise ValueError(f"--num-eval-prompts must be in 1-{len(instances) - 1}, got {num_eval_prompts}")
 
     def build(directory: Path) -> dict[str, float]:
+        from siren_megatron import toy_model
+
         random.Random(seed).shuffle(instances)
         held_out, training = instances[:num_eval_prompts], instances[num_eval_prompts:]
         _write_prompts(directory / "prompts" / "eval.jsonl", held_out)
         _write_prompts(directory / "prompts" / "train.jsonl", training)
-
-        tokenizer = _countdown_tokenizer(vocab_size)
-        model = _new_model(
+        tokenizer = toy_model.countdown_tokenizer(vocab_size)
+        model = toy_model.new_model(
+            tokenizer,
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             num_layers=num_layers,
@@ -114,14 +97,22 @@ def build_countdown_checkpoint(
             num_key_value_heads=num_key_value_heads,
             tie_word_embeddings=tie_word_embeddings,
             max_position_embeddings=64,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
             seed=seed,
         )
-        loss = _warm_up(model, tokenizer, training, steps, batch_size, learning_rate, noise, seed, quiet)
-        results = {"loss": loss, **_evaluate(model, tokenizer, held_out, num_eval_samples, seed)}
-        _save(model, tokenizer, directory)
-        return results
+        loss = toy_model.warm_up(
+            model,
+            tokenizer,
+            training,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            noise=noise,
+            seed=seed,
+            quiet=quiet,
+        )
+        results = toy_model.evaluate(model, tokenizer, held_out, num_samples=num_eval_samples, seed=seed)
+        toy_model.save_checkpoint(model, tokenizer, directory)
+        return {"loss": loss, **results}
 
     return _build_once(Path(output), {"task": "countdown", **arguments}, build, overwrite, quiet)
 
@@ -155,23 +146,16 @@ def build_text_checkpoint(
     Raises:
         ValueError: an argument is out of range, the text cannot be read, or ``output`` was built otherwise.
     """
-    arguments = {
-        key: value
-        for key, value in locals().items()
-        if key not in ("text_data", "output", "overwrite", "quiet")
-    }
-    _check_model_arguments(hidden_size, num_layers, num_attention_heads, num_key_value_heads)
-    if vocab_size < 256 + 3:
-        raise ValueError(f"--vocab-size must be at least 259 (the bytes and three markers), got {vocab_size}")
-    texts = _read_texts(Path(text_data), text_key)
-    # Imported here: the tool's --help and its errors should not wait for anything heavy.
-    from siren_megatron.prompts import data_fingerprint
-
+    arguments = _recipe_arguments(locals())
+    texts = read_jsonl_field(text_data, text_key, flag="--text-data")
     arguments["text_fingerprint"] = data_fingerprint(texts)
 
     def build(directory: Path) -> dict[str, float]:
-        tokenizer = _text_tokenizer(texts, vocab_size, max_position_embeddings)
-        model = _new_model(
+        from siren_megatron import toy_model
+
+        tokenizer = toy_model.text_tokenizer(texts, vocab_size)
+        model = toy_model.new_model(
+            tokenizer,
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             num_layers=num_layers,
@@ -179,28 +163,17 @@ def build_text_checkpoint(
             num_key_value_heads=num_key_value_heads,
             tie_word_embeddings=tie_word_embeddings,
             max_position_embeddings=max_position_embeddings,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
             seed=seed,
         )
-        _save(model, tokenizer, directory)
+        toy_model.save_checkpoint(model, tokenizer, directory)
         return {"num_tokens": len(tokenizer)}
 
     return _build_once(Path(output), {"task": "text", **arguments}, build, overwrite, quiet)
 
 
-def _check_model_arguments(hidden: int, layers: int, heads: int, kv_heads: int) -> None:
-    if min(hidden, layers, heads, kv_heads) < 1:
-        raise ValueError("--hidden-size, --num-layers and both numbers of heads must be at least 1")
-    if hidden % heads or (hidden // heads) % 2:
-        raise ValueError(f"--hidden-size {hidden} must be an even multiple of --num-attention-heads {heads}")
-    if hidden // heads < 32:
-        raise ValueError(
-            f"--hidden-size {hidden} / --num-attention-heads {heads} gives heads of {hidden // heads}: "
-            "vLLM's CPU attention takes 32 and up"
-        )
-    if heads % kv_heads:
-        raise ValueError(f"--num-key-value-heads {kv_heads} must divide --num-attention-heads {heads}")
+def _recipe_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What decides the bits of the result."""
+    return {k: v for k, v in arguments.items() if k not in ("text_data", "output", "overwrite", "quiet")}
 
 
 def _build_once(
@@ -258,186 +231,6 @@ def _write_prompts(path: Path, instances: list[countdown.Instance]) -> None:
             file.write(json.dumps({"problem": text, "answer": text}) + "\n")
 
 
-def _read_texts(path: Path, key: str) -> list[str]:
-    from siren_megatron.prompts import read_jsonl_field
-
-    return read_jsonl_field(path, key, flag="--text-data")
-
-
-def _countdown_tokenizer(vocab_size: int):
-    """One token per word. The words that the task doesn't use stay visible when decoded, so that a response
-    with one of them among right steps is graded as wrong."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast
-
-    words = [*countdown.VOCABULARY, "<unk>"]
-    words += [f"<unused{n}>" for n in range(vocab_size - len(words))]
-    tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        model_max_length=64,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _text_tokenizer(texts: list[str], vocab_size: int, max_length: int):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, IM_START, IM_END],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=IM_END,
-        pad_token=END_OF_TEXT,
-        additional_special_tokens=[IM_START],
-        chat_template=CHATML_TEMPLATE,
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _new_model(
-    *,
-    vocab_size: int,
-    hidden_size: int,
-    num_layers: int,
-    num_attention_heads: int,
-    num_key_value_heads: int,
-    tie_word_embeddings: bool,
-    max_position_embeddings: int,
-    eos_token_id: int,
-    pad_token_id: int,
-    seed: int,
-):
-    """A randomly initialised fp32 Qwen2ForCausalLM; torch's global generator is seeded."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_key_value_heads,
-        max_position_embeddings=max_position_embeddings,
-        tie_word_embeddings=tie_word_embeddings,
-        rope_theta=10000.0,
-        eos_token_id=eos_token_id,
-        bos_token_id=None,
-        pad_token_id=pad_token_id,
-        dtype="float32",
-    )
-    return Qwen2ForCausalLM(config)
-
-
-def _warm_up(
-    model,
-    tokenizer,
-    instances: list[countdown.Instance],
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    noise: float,
-    seed: int,
-    quiet: bool,
-) -> float:
-    """Supervised training on right responses drawn at random; returns the mean loss of the last 50 steps."""
-    import torch
-    import torch.nn.functional as F
-    from tqdm import tqdm
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.convert_tokens_to_ids(text.split())
-
-    sequences, first, count = [], [], []
-    for instance in instances:
-        solutions = countdown.solve(instance)
-        first.append(len(sequences))
-        count.append(len(solutions))
-        prompt = countdown.render_prompt(instance)
-        sequences += [encode(f"{prompt} {solution} {END_OF_TEXT}") for solution in solutions]
-    sequences, first, count = torch.tensor(sequences), torch.tensor(first), torch.tensor(count)
-
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
-    model.train()
-    losses: list[float] = []
-    bar = tqdm(range(steps), desc="warm-up", unit="step", disable=quiet, dynamic_ncols=True)
-    for _ in bar:
-        # An instance, then one of its solutions: instances with many solutions don't dominate.
-        chosen = torch.randint(len(first), (batch_size,), generator=generator)
-        offset = (torch.rand(batch_size, generator=generator) * count[chosen]).long()
-        batch = sequences[first[chosen] + offset]  # [batch, prompt + response + 1]
-        targets = batch[:, countdown.PROMPT_WORDS :].clone()  # [batch, response + 1]
-        replaced = torch.rand(targets.shape, generator=generator) < noise
-        uniform = torch.randint(model.config.vocab_size, targets.shape, generator=generator)
-        targets[replaced] = uniform[replaced]
-        logits = model(batch[:, :-1], use_cache=False, logits_to_keep=targets.shape[1]).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    return sum(losses[-50:]) / len(losses[-50:])
-
-
-def _evaluate(
-    model, tokenizer, instances: list[countdown.Instance], num_samples: int, seed: int
-) -> dict[str, float]:
-    """avg@k and pass@k of ``num_samples`` responses per instance at temperature 1."""
-    import torch
-
-    prompts = [countdown.render_prompt(instance) for instance in instances for _ in range(num_samples)]
-    sequences = torch.tensor([tokenizer.convert_tokens_to_ids(prompt.split()) for prompt in prompts])
-    generator = torch.Generator().manual_seed(seed)
-    model.eval()
-    finished = []
-    with torch.no_grad():
-        for rows in sequences.split(2048):
-            for _ in range(countdown.RESPONSE_WORDS + 1):
-                logits = model(rows, use_cache=False, logits_to_keep=1).logits[:, -1]
-                sampled = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-                rows = torch.cat((rows, sampled), dim=1)
-            finished.append(rows[:, countdown.PROMPT_WORDS :])
-    right = []
-    for response, instance in zip(
-        torch.cat(finished).tolist(), (i for i in instances for _ in range(num_samples)), strict=True
-    ):
-        ended = response[-1] == tokenizer.eos_token_id
-        right.append(ended and countdown.verify(tokenizer.decode(response), instance))
-    per_instance = torch.tensor(right).view(len(instances), num_samples)
-    return {
-        f"avg@{num_samples}": per_instance.double().mean().item(),
-        f"pass@{num_samples}": per_instance.any(1).double().mean().item(),
-    }
-
-
-def _save(model, tokenizer, directory: Path) -> None:
-    model.generation_config.do_sample = True
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -458,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
 
     task = add("countdown", "warmed up on the Countdown task, with its prompts")
     task.add_argument("--num-layers", type=int, default=3)
-    task.add_argument("--vocab-size", type=int, default=1024, help="the task itself uses 106 tokens")
+    task.add_argument("--vocab-size", type=int, default=1024, help="the task itself uses 108 tokens")
     task.add_argument("--steps", type=int, default=1000, help="steps of the supervised warm-up")
     task.add_argument("--batch-size", type=int, default=128, help="sequences per warm-up step")
     task.add_argument("--learning-rate", type=float, default=2e-3, help="of the warm-up's AdamW")
