@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import importlib
 import os
 from dataclasses import dataclass
 
@@ -104,23 +105,31 @@ class _NullStream:
         return 0.0
 
 
-@functools.cache
-def _point_cuda_at_cpu() -> None:
-    cpu = torch.device("cpu")
+def _nothing():
+    """A new function each time: torch.compile's tables want one function a name."""
 
     def nothing(*args, **kwargs):
         return None
 
+    return nothing
+
+
+@functools.cache
+def _point_cuda_at_cpu() -> None:
+    cpu = torch.device("cpu")
+    _import_megatron_uncompiled()
     cuda = torch.cuda
     cuda.current_device = lambda: cpu
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     for name in ("manual_seed", "manual_seed_all", "set_rng_state", "synchronize", "set_device", "empty_cache"):
-        setattr(cuda, name, nothing)
-    cuda.random.set_rng_state = cuda.random.manual_seed = nothing
+        setattr(cuda, name, _nothing())
+    cuda.random.set_rng_state, cuda.random.manual_seed = _nothing(), _nothing()
     cuda.Stream = cuda.Event = _NullStream
     cuda.stream = lambda stream=None: contextlib.nullcontext()
-    cuda.current_stream = cuda.default_stream = lambda device=None: _NullStream()
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = nothing
+    cuda.current_stream = lambda device=None: _NullStream()
+    cuda.default_stream = lambda device=None: _NullStream()
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = _nothing(), _nothing()
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
@@ -140,7 +149,18 @@ def _point_cuda_at_cpu() -> None:
     # Queues one stack trace a call for a CUDA that never initialises; there is no dropout RNG to set here.
     from megatron.core.tensor_parallel import random
 
-    random._set_cuda_rng_state = nothing
+    random._set_cuda_rng_state = _nothing()
+
+
+def _import_megatron_uncompiled() -> None:
+    """megatron-core decorates small functions with torch.compile, which on a CPU costs more than it gains."""
+    compile_ = torch.compile
+    torch.compile = lambda model=None, **_: model if model is not None else (lambda function: function)
+    try:
+        for module in ("models.gpt.gpt_layer_specs", "optimizer", "pipeline_parallel", "dist_checkpointing"):
+            importlib.import_module(f"megatron.core.{module}")
+    finally:
+        torch.compile = compile_
 
 
 def _on_cpu(factory, cpu):

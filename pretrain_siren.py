@@ -1,0 +1,34 @@
+"""GRPO with selective entropy regularisation on megatron-core, rollouts by vLLM.
+
+    torchrun --nproc-per-node 2 pretrain_siren.py --tensor-model-parallel-size 2 --hf-checkpoint DIR \
+        --prompt-data FILE --reward math --save DIR
+
+`--help` lists the options, `--check` only checks them.
+"""
+
+from siren_megatron.config import parse_args
+
+
+def main() -> None:
+    config = parse_args()
+    if config.run.check:
+        return
+    # Heavy imports come after the options are known to be right.
+    from siren_megatron.job import Job
+
+    with Job(config) as job:
+        while job.step < config.train.num_steps:
+            prompts = job.next_prompts()
+            groups = job.generate(prompts)
+            rewards = job.score(prompts, groups)
+            batch = job.make_batch(groups, rewards)
+            batch = job.compute_logprobs(batch)
+            metrics = job.update(batch)
+            job.update_weights()
+            job.log(batch, metrics)
+            job.save_if_due()
+        job.export()
+
+
+if __name__ == "__main__":
+    main()

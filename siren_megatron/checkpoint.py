@@ -1,0 +1,81 @@
+"""Megatron distributed checkpoints of a run: weights, optimizer, scheduler and the run's own state.
+
+A checkpoint is `step_<n>`; it is written under a temporary name and renamed, then `latest` names it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+
+from siren_megatron.trainer import Trainer
+
+
+def _metadata() -> dict[str, Any]:
+    # The optimizer's state is gathered into the parameters' own shapes: it loads in any layout.
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
+    metadata = _metadata()
+    model = trainer.model.sharded_state_dict(metadata=metadata)
+    optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    return {"model": model, "optimizer": optimizer}
+
+
+def save_checkpoint(directory: Path, trainer: Trainer, state: dict[str, Any]) -> Path:
+    """A collective: write `<directory>/step_<n>`, whole or not at all.
+
+    Args:
+        directory: parent of the run's checkpoints.
+        state: the run's own state; "step" names the checkpoint. Rank 0's counts.
+
+    Returns:
+        The checkpoint.
+    """
+    shared = [state]
+    dist.broadcast_object_list(shared, src=0)
+    final = directory / f"step_{state['step']:06d}"
+    partial = final.with_name(final.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    content = _sharded_state(trainer, is_loading=False)
+    content.update(scheduler=trainer.scheduler.state_dict(), run=shared[0])
+    dist_checkpointing.save(content, str(partial))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        pointer = directory / "latest.partial"
+        pointer.write_text(final.name + "\n")
+        pointer.rename(directory / "latest")
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(directory: Path, trainer: Trainer) -> dict[str, Any]:
+    """A collective: fill model, optimizer and scheduler from the newest checkpoint; returns the run's state.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    pointer = directory / "latest"
+    if not pointer.is_file():
+        raise ValueError(f"--load: {directory} holds no finished checkpoint")
+    content = _sharded_state(trainer, is_loading=True)
+    loaded = dist_checkpointing.load(content, str(directory / pointer.read_text().strip()))
+    trainer.model.load_state_dict(loaded["model"])
+    trainer.optimizer.load_state_dict(loaded["optimizer"])
+    trainer.scheduler.load_state_dict(loaded["scheduler"])
+    return loaded["run"]

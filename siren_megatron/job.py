@@ -1,0 +1,336 @@
+"""One run: the trainer on every rank; server, prompts, rewards and metrics on rank 0. Its methods are stages.
+
+A stage that only rank 0 does returns None on the other ranks; tensors reach them in `make_batch`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Sequence
+
+warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*", category=UserWarning)
+
+import torch
+import torch.distributed as dist
+
+from siren_megatron import grpo, platform
+from siren_megatron.batch import Sample, TrainBatch, broadcast_batch, make_batch
+from siren_megatron.checkpoint import load_checkpoint, save_checkpoint
+from siren_megatron.config import Config, check, read_hf_config
+from siren_megatron.metrics import MetricsLogger, StageTimer
+from siren_megatron.prompts import Prompt, PromptCursor, load_prompts, load_tokenizer
+from siren_megatron.rewards import RewardPool
+from siren_megatron.rollout import RolloutClient, RolloutError, RolloutServer, ServerOptions
+from siren_megatron.trainer import Trainer, initialize_model_parallel
+from siren_megatron.weight_sync import WeightPublisher, WeightSyncError
+
+CHECK_TOKENS = 8
+"""Response tokens that vLLM and the trainer compare after each weight update."""
+
+
+class JobError(RuntimeError):
+    """The run cannot go on; the message is one line."""
+
+
+class Job:
+    """Build a run, hold its state, and end everything it started. A context manager.
+
+    On an error it prints one line and exits with code 1 (2 for a user's mistake).
+
+    Attributes:
+        step: steps done.
+        entropy_anchor: masked entropy of the initial policy in nats; None before the first step.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.step = 0
+        self.entropy_anchor: float | None = None
+        self._stack = contextlib.ExitStack()
+
+    # ---------------------------------------------------------------- life
+
+    def __enter__(self) -> Job:
+        try:
+            self._build()
+        except BaseException:
+            if not self.__exit__(*sys.exc_info()):
+                raise
+        return self
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        known = isinstance(error, RolloutError | WeightSyncError | JobError | ValueError)
+        if kind is not None and known and not isinstance(error, ValueError):
+            kind, error = JobError, JobError(str(error))
+        self._stack.__exit__(kind, error, traceback)
+        if kind is None:
+            dist.destroy_process_group()
+            return False
+        if known:
+            print(f"pretrain_siren.py: error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
+        return False
+
+    def _build(self) -> None:
+        config = self.config
+        self.platform = platform.install()
+        platform.init_process_group(self.platform, config.parallel.distributed_timeout_minutes * 60)
+        check_world = dist.get_world_size()
+        check(config, check_world)
+        self.is_main = dist.get_rank() == 0
+        self.hf_config = read_hf_config(config.model.hf_checkpoint)
+        if self.is_main:
+            if config.run.overwrite and config.run.save.is_dir():
+                _remove(config.run.save)
+            config.run.save.mkdir(parents=True, exist_ok=True)
+            # vLLM takes longest to start: let it load while this process builds the model.
+            self.server = self._stack.enter_context(RolloutServer.start(self._server_options()))
+            self._load_data()
+        initialize_model_parallel(config)
+        self.trainer = Trainer(config, self.hf_config, self.platform)
+        if config.run.load is not None:
+            self._resume()
+        if self.is_main:
+            self.server.wait_ready()
+            self.client = RolloutClient(
+                self.server.url,
+                config.rollout.rollout_request_timeout,
+                config.rollout.rollout_max_in_flight,
+                server=self.server,
+            )
+            self.publisher = WeightPublisher(self.server)
+            self.publisher.init()
+            self.logger = self._stack.enter_context(self._make_logger())
+            if self.step:
+                self.logger.truncate_after(self.step)
+        if self.step:
+            self.update_weights()
+        self.timer = StageTimer()
+
+    def _server_options(self) -> ServerOptions:
+        config = self.config
+        on_cpu = not self.platform.is_cuda
+        return ServerOptions(
+            model=config.model.hf_checkpoint,
+            log_file=config.run.save / "vllm.log",
+            dtype="bfloat16" if config.model.bf16 else "float32",
+            max_model_len=config.train.seq_length,
+            seed=config.train.seed,
+            kv_cache_bytes=config.rollout.rollout_kv_cache_mb * 2**20 if on_cpu else 0,
+            device="cpu" if on_cpu else "cuda",
+            gpu_memory_utilization=config.rollout.rollout_gpu_memory_utilization,
+            start_timeout_s=config.rollout.rollout_start_timeout,
+        )
+
+    def _load_data(self) -> None:
+        config = self.config
+        self.tokenizer = load_tokenizer(config.model.hf_checkpoint)
+        self.dataset = load_prompts(
+            config.data.prompt_data,
+            self.tokenizer,
+            prompt_key=config.data.prompt_key,
+            answer_key=config.data.prompt_answer_key,
+            system_prompt=config.data.prompt_system,
+            apply_chat_template=None if config.data.prompt_chat_template else False,
+            max_prompt_length=config.train.seq_length - config.rollout.rollout_max_response_length,
+        )
+        if self.dataset.num_skipped_too_long:
+            print(f"{self.dataset.num_skipped_too_long} prompts are too long and left out", flush=True)
+        self.cursor = PromptCursor(len(self.dataset), seed=config.train.seed)
+        self.rewards = RewardPool(
+            config.data.reward,
+            num_workers=config.data.reward_num_workers,
+            time_limit_s=config.data.reward_time_limit,
+        )
+        self._stack.callback(self.rewards.close)
+
+    def _make_logger(self) -> MetricsLogger:
+        run = self.config.run
+        return MetricsLogger(
+            run.save,
+            self.config.train.num_steps,
+            tensorboard_dir=run.tensorboard_dir,
+            wandb_project=run.wandb_project,
+            config=self.config.flat(),
+            log_interval=run.log_interval,
+        )
+
+    # ---------------------------------------------------------------- stages
+
+    def next_prompts(self) -> list[Prompt] | None:
+        if not self.is_main:
+            return None
+        indices = self.cursor.next(self.config.rollout.rollout_batch_size)
+        return [self.dataset.prompts[i] for i in indices]
+
+    def generate(self, prompts: list[Prompt] | None) -> list[list[Sample]] | None:
+        """vLLM's responses; the same for the same seed and step."""
+        if not self.is_main:
+            return None
+        rollout = self.config.rollout
+        with self.timer.stage("rollout"):
+            return self.client.generate(
+                [p.token_ids for p in prompts],
+                num_samples=rollout.rollout_num_samples,
+                max_tokens=rollout.rollout_max_response_length,
+                temperature=rollout.rollout_temperature,
+                seed=self.config.train.seed + self.step,
+                stop_token_ids=[self.tokenizer.eos_token_id],
+            )
+
+    def score(self, prompts: list[Prompt] | None, groups: list[list[Sample]] | None) -> list[float] | None:
+        """Rewards of all responses, those of a prompt side by side."""
+        if not self.is_main:
+            return None
+        with self.timer.stage("reward"):
+            pairs = [
+                (self.tokenizer.decode(sample.response_ids, skip_special_tokens=True), prompt.answer)
+                for prompt, group in zip(prompts, groups, strict=True)
+                for sample in group
+            ]
+            self.reward_result = self.rewards.score(pairs)
+        return self.reward_result.rewards
+
+    def make_batch(self, groups: list[list[Sample]] | None, rewards: Sequence[float] | None) -> TrainBatch:
+        """Samples, rewards and group advantages as tensors, on every rank."""
+        batch = None
+        if self.is_main:
+            samples = [sample for group in groups for sample in group]
+            tensor = torch.tensor(rewards)
+            advantages = grpo.group_advantages(
+                tensor,
+                self.config.rollout.rollout_num_samples,
+                normalize_std=self.config.grpo.grpo_normalize_std,
+            )
+            batch = make_batch(samples, tensor, advantages, multiple=self.trainer.length_multiple)
+        return broadcast_batch(batch, self.platform.device)
+
+    def compute_logprobs(self, batch: TrainBatch) -> TrainBatch:
+        """Log-probs and entropies of the policy; the first call sets the entropy anchor.
+
+        Raises:
+            JobError: vLLM sampled from another policy than the trainer holds.
+        """
+        with self.timer.stage("logprob"):
+            batch = self.trainer.compute_logprobs(batch)
+        self._check_logprobs(batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask, "rollout")
+        if self.entropy_anchor is None:
+            self.entropy_anchor = self.trainer.masked_entropy(batch)
+        return batch
+
+    def update(self, batch: TrainBatch) -> dict[str, float]:
+        with self.timer.stage("train"):
+            metrics = self.trainer.update(batch, self.entropy_anchor)
+        self.step += 1
+        return metrics
+
+    def update_weights(self) -> None:
+        """Send the policy to vLLM, then see that vLLM computes its log-probs.
+
+        Raises:
+            JobError: vLLM still serves another policy.
+        """
+        with self.timer.stage("weight_sync"):
+            weights = self.trainer.hf_weights()
+            if self.is_main:
+                self.publisher.update(weights)
+            else:
+                for _ in weights:
+                    pass
+            self.weight_sync_diff = self._compare_with_server()
+
+    def _compare_with_server(self) -> float:
+        """Largest |log-prob difference| of vLLM and the trainer on a few sampled tokens, in nats."""
+        batch = None
+        if self.is_main:
+            # One response for each row of the smallest batch that every data-parallel rank has a share of.
+            rows = self.config.train.micro_batch_size * self.trainer.dp_group.size()
+            prompt = self.dataset.prompts[self.step % len(self.dataset)]
+            groups = self.client.generate(
+                [prompt.token_ids],
+                num_samples=1,
+                max_tokens=min(CHECK_TOKENS, self.config.rollout.rollout_max_response_length),
+                temperature=self.config.rollout.rollout_temperature,
+                seed=self.config.train.seed,
+                stop_token_ids=[self.tokenizer.eos_token_id],
+            )
+            zeros = torch.zeros(rows)
+            batch = make_batch(groups[0] * rows, zeros, zeros, multiple=self.trainer.length_multiple)
+        batch = broadcast_batch(batch, self.platform.device)
+        batch = self.trainer.compute_logprobs(batch)
+        return self._check_logprobs(
+            batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask, "weight update"
+        )
+
+    def _check_logprobs(self, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor, when: str) -> float:
+        """Every rank holds the same tensors, so all of them stop together."""
+        difference = (ours - theirs).abs()[mask]
+        mean, largest = float(difference.mean()), float(difference.max())
+        if not mean <= self.config.logprob_tolerance:
+            raise JobError(
+                f"step {self.step}: after the {when} vLLM's and the trainer's log-probs differ by {mean:.3g} nats "
+                f"on average (largest {largest:.3g}), more than --rollout-logprob-tolerance "
+                f"{self.config.logprob_tolerance:g}: vLLM serves another policy than the one that is trained"
+            )
+        return largest
+
+    # ---------------------------------------------------------------- record
+
+    def log(self, batch: TrainBatch, metrics: dict[str, float]) -> None:
+        """Write one row of metrics."""
+        if not self.is_main:
+            return
+        mask, times = batch.loss_mask, self.timer.pop()
+        tokens = batch.num_tokens
+        self.logger.log(
+            self.step,
+            {
+                "reward": float(batch.rewards.mean()),
+                "entropy": float(batch.entropy[mask].mean()),
+                "entropy_top_p": float(batch.top_p_entropy[mask].mean()),
+                "siren/entropy_anchor": self.entropy_anchor,
+                **metrics,
+                "response_length": tokens / batch.num_responses,
+                "rollout_logprob_diff": float((batch.old_logprobs - batch.rollout_logprobs).abs()[mask].max()),
+                "weight_sync_logprob_diff": self.weight_sync_diff,
+                "reward_timeouts": self.reward_result.num_timeouts,
+                "reward_errors": self.reward_result.num_errors,
+                "tokens_per_second": tokens / times["time/step"],
+                **times,
+            },
+        )
+
+    def save_if_due(self) -> None:
+        """Write a checkpoint every `--save-interval` steps, and after the last one."""
+        interval = self.config.run.save_interval
+        if self.step == self.config.train.num_steps or (interval and self.step % interval == 0):
+            save_checkpoint(
+                self.config.run.save / "checkpoints",
+                self.trainer,
+                {
+                    "step": self.step,
+                    "entropy_anchor": self.entropy_anchor,
+                    "cursor": self.cursor.state_dict() if self.is_main else None,
+                    "config": self.config.flat(),
+                },
+            )
+
+    def _resume(self) -> None:
+        state = load_checkpoint(self.config.run.load / "checkpoints", self.trainer)
+        self.step, self.entropy_anchor = state["step"], state["entropy_anchor"]
+        if self.is_main:
+            self.cursor.load_state_dict(state["cursor"])
+
+    def export(self) -> None:
+        """Write the policy as a Hugging Face checkpoint to `<save>/hf`."""
+        self.trainer.export(self.config.run.save / "hf")
+        if self.is_main:
+            self.logger.print(f"policy as a Hugging Face checkpoint: {self.config.run.save / 'hf'}")
+
+
+def _remove(directory) -> None:
+    import shutil
+
+    shutil.rmtree(directory)

@@ -1,0 +1,312 @@
+"""The policy on megatron-core: log-prob pass, update, and the one block that holds all loss scaling.
+
+Legend: N = responses of an optimizer step (over all ranks), B = responses of a micro-batch, S = padded length,
+T = response tokens of a micro-batch, V = vocabulary, tp = tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from siren_megatron import conversion, grpo, siren
+from siren_megatron.batch import TrainBatch
+from siren_megatron.config import Config
+from siren_megatron.entropy_methods import ENTROPY_METHODS, EntropyInputs
+from siren_megatron.grpo import LossScale
+from siren_megatron.model import build_model, check_architecture, transformer_config
+from siren_megatron.platform import Platform
+from siren_megatron.vocab_parallel import TokenStats, vocab_parallel_token_stats
+
+
+def initialize_model_parallel(config: Config) -> None:
+    """megatron-core's process groups and RNG states; torch's process group is up."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+    )
+    torch.manual_seed(config.train.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
+
+
+class Trainer:
+    """This rank's stage of the policy, its optimizer, and what is done with them.
+
+    Args:
+        config: the run's options.
+        hf_config: config.json of `--hf-checkpoint`.
+        platform: device and backend; process groups are initialised.
+
+    Raises:
+        ValueError: the checkpoint and the model do not fit.
+    """
+
+    def __init__(self, config: Config, hf_config: dict[str, Any], platform: Platform):
+        check_architecture(hf_config)
+        self.config, self.hf_config, self.device = config, hf_config, platform.device
+        self.vocab_size = hf_config["vocab_size"]
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.dp_group = parallel_state.get_data_parallel_group()
+        self.pp_group = parallel_state.get_pipeline_model_parallel_group()
+        self.is_last_stage = parallel_state.is_pipeline_last_stage()
+        model_config = transformer_config(hf_config, config.parallel, platform, bf16=config.model.bf16)
+        module = build_model(hf_config, model_config)
+        conversion.load_hf_weights(module, config.model.hf_checkpoint, hf_config)
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=config.model.bf16,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        )
+        self.model = DistributedDataParallel(model_config, ddp_config, module)
+        self.optimizer = get_megatron_optimizer(self._optimizer_config(), [self.model])
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=config.train.lr,
+            min_lr=config.train.lr,
+            lr_warmup_steps=config.train.lr_warmup_steps,
+            lr_decay_steps=max(config.train.lr_warmup_steps, 1) + 1,
+            lr_decay_style="constant",
+            start_wd=config.train.weight_decay,
+            end_wd=config.train.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+        model_config.finalize_model_grads_func = finalize_model_grads
+        model_config.grad_scale_func = self.optimizer.scale_loss
+        model_config.no_sync_func = self.model.no_sync
+
+    def _optimizer_config(self) -> OptimizerConfig:
+        train = self.config.train
+        return OptimizerConfig(
+            optimizer="adam",
+            lr=train.lr,
+            weight_decay=train.weight_decay,
+            adam_beta1=train.adam_beta1,
+            adam_beta2=train.adam_beta2,
+            adam_eps=train.adam_eps,
+            clip_grad=train.clip_grad,
+            bf16=self.config.model.bf16,
+            params_dtype=torch.bfloat16 if self.config.model.bf16 else torch.float32,
+            use_distributed_optimizer=self.config.parallel.use_distributed_optimizer,
+        )
+
+    # ---------------------------------------------------------------- forward
+
+    def forward_step(self, data_iterator: Iterator[TrainBatch], model: torch.nn.Module, loss_func: Any):
+        """Megatron's contract: one micro-batch -> (output tensor, function of it on the last stage)."""
+        batch = next(data_iterator)
+        position_ids = torch.arange(batch.tokens.size(1), device=self.device).expand_as(batch.tokens)
+        # Logits stay in the model's precision: the vocabulary operation sums in higher precision itself.
+        precision = {"fp32_output": False} if self.config.model.bf16 else {}
+        output = model(input_ids=batch.tokens, position_ids=position_ids, attention_mask=None, **precision)
+        return output, partial(loss_func, batch)
+
+    def token_stats(self, batch: TrainBatch, logits: Tensor, *, top_p: float) -> TokenStats:
+        """Log-prob, entropy and top-p entropy of the response tokens, under the sampling temperature.
+
+        Args:
+            logits: [B, S, V/tp].
+            top_p: mass of the top-p mask.
+
+        Returns:
+            TokenStats of [B, S], 0 outside the responses.
+        """
+        positions = batch.loss_mask.flatten().nonzero().squeeze(1)
+        selected = logits.flatten(0, 1)[positions]
+        if self.config.rollout.rollout_temperature != 1.0:
+            selected = selected / self.config.rollout.rollout_temperature
+        stats = vocab_parallel_token_stats(
+            selected,
+            batch.labels.flatten()[positions],
+            top_p=top_p,
+            top_p_boundary=self.config.entropy.entropy_top_p_boundary,
+            vocab_size=self.vocab_size,
+            tp_group=self.tp_group if self.tp_group.size() > 1 else None,
+        )
+        empty = torch.zeros(batch.tokens.numel(), device=logits.device)
+        return TokenStats(*(empty.index_copy(0, positions, s).view_as(batch.tokens) for s in stats))
+
+    @torch.no_grad()
+    def compute_logprobs(self, batch: TrainBatch) -> TrainBatch:
+        """The log-prob pass: fill in old_logprobs, entropy and top_p_entropy with the current policy's.
+
+        Args:
+            batch: all responses of the rollout, the same on every rank.
+        """
+
+        def collect(micro_batch: TrainBatch, logits: Tensor, non_loss_data: bool = True) -> TokenStats:
+            return self.token_stats(micro_batch, logits, top_p=self.config.entropy.entropy_top_p)
+
+        rows = self._rows_of_this_rank(batch.num_responses)
+        outputs = self._run_schedule(batch, rows, collect, forward_only=True, collect_non_loss_data=True)
+        stats = torch.zeros(3, *batch.tokens.shape, device=self.device)
+        if self.is_last_stage:
+            stats[:, rows] = torch.stack([torch.cat(tensors) for tensors in zip(*outputs, strict=True)])
+            dist.all_reduce(stats, group=self.dp_group)
+        self._broadcast_from_last_stage(stats)
+        return batch.replace(old_logprobs=stats[0], entropy=stats[1], top_p_entropy=stats[2])
+
+    # ---------------------------------------------------------------- update
+
+    def masked_entropy(self, batch: TrainBatch) -> float:
+        """H, the mean over the responses of their masked top-p entropy, in nats, from the log-prob pass."""
+        mask = siren.peak_entropy_mask(
+            batch.top_p_entropy, batch.loss_mask, self.config.entropy.siren_peak_quantile
+        )
+        return float(siren.masked_entropy(batch.top_p_entropy, mask).double().mean())
+
+    def update(self, batch: TrainBatch, entropy_anchor: float) -> dict[str, float]:
+        """All optimizer steps on one rollout.
+
+        Args:
+            batch: from `compute_logprobs`, the same on every rank.
+            entropy_anchor: masked entropy of the initial policy, in nats.
+
+        Returns:
+            Metrics, each the mean over the optimizer steps ("lr": the last one's).
+        """
+        size = self.config.train.global_batch_size
+        steps = [
+            self.optimizer_step(batch.rows(start, start + size), entropy_anchor)
+            for start in range(0, batch.num_responses, size)
+        ]
+        means = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
+        return {**means, "lr": steps[-1]["lr"]}
+
+    def optimizer_step(self, batch: TrainBatch, entropy_anchor: float) -> dict[str, float]:
+        """Forward, backward and one optimizer step on the N responses of `batch`.
+
+        Args:
+            batch: [N, S], the same on every rank; each data-parallel rank takes its own rows.
+            entropy_anchor: in nats.
+        """
+        batch = batch.trimmed(self.length_multiple)
+        scale = LossScale(batch.num_responses, batch.num_tokens, self.config.rollout.rollout_max_response_length)
+        step_entropy = None
+        if self.config.entropy.siren_anchor_estimate == "step":
+            step_entropy = self.masked_entropy(batch)
+        loss_func = partial(self.loss_func, scale, entropy_anchor, step_entropy)
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        rows = self._rows_of_this_rank(batch.num_responses)
+        outputs = self._run_schedule(batch, rows, loss_func)
+        # Step k of the warm-up uses lr·k/warm-up: the first update is not thrown away.
+        self.scheduler.step(1)
+        _, grad_norm, _ = self.optimizer.step()
+        metrics = self._sum_metrics(outputs)
+        metrics["grad_norm"] = float(grad_norm)
+        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        if self.config.entropy.entropy_method == "siren":
+            error = metrics["siren/entropy_masked"] - entropy_anchor
+            metrics["siren/loss"] = self.config.entropy.entropy_coeff * error**2
+        return metrics
+
+    def loss_func(
+        self,
+        scale: LossScale,
+        entropy_anchor: float,
+        step_entropy: float | None,
+        batch: TrainBatch,
+        logits: Tensor,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Megatron's contract on the last stage: logits [B, S, V/tp] -> (loss, 0, metrics)."""
+        config = self.config
+        top_p = config.entropy.entropy_top_p if config.entropy.entropy_method == "siren" else 1.0
+        stats = self.token_stats(batch, logits, top_p=top_p)
+        loss, metrics = grpo.policy_loss(
+            stats.logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            batch.loss_mask,
+            scale=scale,
+            loss_agg=config.grpo.loss_agg,
+            clip_ratio_low=config.grpo.grpo_clip_ratio_low,
+            clip_ratio_high=config.grpo.grpo_clip_ratio_high,
+            dual_clip=config.grpo.grpo_dual_clip,
+        )
+        entropy_loss, entropy_metrics = ENTROPY_METHODS[config.entropy.entropy_method](
+            EntropyInputs(
+                entropy=stats.entropy,
+                top_p_entropy=stats.top_p_entropy,
+                loss_mask=batch.loss_mask,
+                coeff=config.entropy.entropy_coeff,
+                peak_quantile=config.entropy.siren_peak_quantile,
+                anchor=entropy_anchor,
+                step_entropy=step_entropy,
+                num_responses=scale.num_responses,
+            )
+        )
+        if entropy_loss is not None:
+            loss = loss + entropy_loss
+        # ALL LOSS SCALING. `loss` is this micro-batch's share of a sum over the whole optimizer step: its
+        # denominators are the global counts in `scale`. So Megatron must add and never average:
+        # - micro-batches: with calculate_per_token_loss the schedule does not divide by their number;
+        # - data-parallel ranks: with calculate_per_token_loss DDP sums gradients (factor 1, not 1/dp);
+        # - "tokens" is 0, so that finalize_model_grads does not divide by a token count either;
+        # - tensor ranks hold the same loss; its gradient is made whole by the layers' own collectives.
+        return loss, torch.zeros((), dtype=torch.int, device=loss.device), {**metrics, **entropy_metrics}
+
+    # ---------------------------------------------------------------- plumbing
+
+    @property
+    def length_multiple(self) -> int:
+        """S is a multiple of this: of 8 for speed, of tp for sequence parallelism."""
+        return math.lcm(8, self.config.parallel.tensor_model_parallel_size)
+
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """A collective: whole tensors under Hugging Face names, on rank 0 only."""
+        return conversion.iterate_hf_weights(self.model, self.hf_config)
+
+    def export(self, target: Path) -> None:
+        """A collective: write the policy as a Hugging Face checkpoint."""
+        conversion.export_hf_checkpoint(self.model, self.config.model.hf_checkpoint, self.hf_config, target)
+
+    def _rows_of_this_rank(self, num_responses: int) -> slice:
+        share = num_responses // self.dp_group.size()
+        start = self.dp_group.rank() * share
+        return slice(start, start + share)
+
+    def _run_schedule(self, batch: TrainBatch, rows: slice, loss_func: Any, **options: Any) -> list[Any]:
+        size = self.config.train.micro_batch_size
+        micro_batches = [batch.rows(i, i + size) for i in range(rows.start, rows.stop, size)]
+        return get_forward_backward_func()(
+            forward_step_func=partial(self.forward_step, loss_func=loss_func),
+            data_iterator=iter(micro_batches),
+            model=self.model,
+            num_microbatches=len(micro_batches),
+            seq_length=batch.tokens.size(1),
+            micro_batch_size=size,
+            **{"forward_only": False, **options},
+        )
+
+    def _sum_metrics(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Shares of micro-batches and data-parallel ranks, added; the same on every rank."""
+        names: list[Any] = [sorted(outputs[0]) if self.is_last_stage else None]
+        source = dist.get_process_group_ranks(self.pp_group)[-1]
+        dist.broadcast_object_list(names, src=source, group=self.pp_group)
+        values = torch.zeros(len(names[0]), dtype=torch.float64, device=self.device)
+        if self.is_last_stage:
+            values += torch.stack([torch.stack([o[n].double() for n in names[0]]) for o in outputs]).sum(0)
+            dist.all_reduce(values, group=self.dp_group)
+        self._broadcast_from_last_stage(values)
+        return dict(zip(names[0], values.tolist(), strict=True))
+
+    def _broadcast_from_last_stage(self, tensor: Tensor) -> None:
+        if self.pp_group.size() > 1:
+            dist.broadcast(tensor, src=dist.get_process_group_ranks(self.pp_group)[-1], group=self.pp_group)
