@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from siren_megatron.batch import Sample
-from siren_megatron.vllm_server import RolloutError, RolloutServer, ServerOptions, error_text
+from siren_megatron.http_json import error_text
+from siren_megatron.vllm_server import RolloutError, RolloutServer, ServerOptions
 
 __all__ = [
     "RolloutClient",
@@ -142,7 +143,10 @@ class RolloutClient:
                         raise _BadAnswer(f"HTTP {response.status} for prompt {index}: {error_text(answer)}")
                 groups[index] = parse_completion(answer, tuple(prompt), common["n"])
                 if on_group is not None:
-                    on_group(index, groups[index])
+                    try:
+                        on_group(index, groups[index])
+                    except Exception as error:
+                        raise _CallbackFailed from error
 
         async def watch_server() -> None:
             while self._server is None or self._server.alive():
@@ -161,6 +165,9 @@ class RolloutClient:
             try:
                 await asyncio.wait([work, watcher], return_when=asyncio.FIRST_COMPLETED)
                 (work if work.done() else watcher).result()
+            except _CallbackFailed as failed:
+                assert failed.__cause__ is not None
+                raise failed.__cause__ from None
             except asyncio.TimeoutError as error:
                 raise RolloutError(
                     f"a request to {self.url} took longer than {self.request_timeout_s:g} s{self._log_hint()}"
@@ -186,6 +193,10 @@ class _BadAnswer(Exception):
     """An answer of the server that can't be used; becomes a RolloutError."""
 
 
+class _CallbackFailed(Exception):
+    """Carries an exception of the caller's on_group past the handling of the server's errors."""
+
+
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text or type(error).__name__
@@ -204,17 +215,23 @@ def parse_completion(
     Raises:
         _BadAnswer: choices are missing, cut short by the server or have no finite log-probs.
     """
-    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-    if len(choices) != num_samples:
-        raise _BadAnswer(f"{len(choices)} responses came for a prompt, {num_samples} were asked for")
+    try:
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        fields = [
+            (choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"])
+            for choice in choices
+        ]
+    except (KeyError, TypeError) as error:
+        raise _BadAnswer(f"the answer is not vLLM's: {error!r} in {error_text(answer)}") from error
+    if len(fields) != num_samples:
+        raise _BadAnswer(f"{len(fields)} responses came for a prompt, {num_samples} were asked for")
     samples = []
-    for choice in choices:
-        token_ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        if choice["finish_reason"] not in ("stop", "length"):
-            raise _BadAnswer(f"vLLM ended a response with finish_reason {choice['finish_reason']!r}")
+    for token_ids, logprobs, finish_reason in fields:
+        if finish_reason not in ("stop", "length"):
+            raise _BadAnswer(f"vLLM ended a response with finish_reason {finish_reason!r}")
         if not token_ids or len(token_ids) != len(logprobs):
             raise _BadAnswer(f"a response has {len(token_ids)} tokens and {len(logprobs)} log-probs")
         if not all(value is not None and math.isfinite(value) for value in logprobs):
             raise _BadAnswer("a response has a log-prob that is not finite: the served weights may be broken")
-        samples.append(Sample(prompt_ids, tuple(token_ids), tuple(logprobs), choice["finish_reason"]))
+        samples.append(Sample(prompt_ids, tuple(token_ids), tuple(logprobs), finish_reason))
     return samples

@@ -6,9 +6,13 @@ killed with SIGKILL. This module imports neither vLLM nor torch nor Megatron.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import http.client
 import json
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -21,9 +25,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
+from siren_megatron.http_json import http_json
 from siren_megatron.vllm_launcher import GRACE_S, describe_status
 
 TRANSFER_BACKEND = "siren_shared_memory"
@@ -37,6 +40,7 @@ _TORCHRUN_NAMES = (
 ).split()
 _TORCHRUN_PREFIXES = ("TORCHELASTIC_", "PET_", "TORCH_NCCL_")
 
+_TRANSFER_PREFIX = "siren-megatron-"
 _LOG_TAIL_LINES = 15
 _DEATH_NOTICE_S = 6.0  # a dying vLLM answers HTTP 500 first and exits about 3 s later
 
@@ -109,10 +113,42 @@ class ServerOptions:
 
 
 def choose_port(host: str) -> int:
-    """A TCP port of host that is free now; another process may take it before vLLM does."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+    """A TCP port of host that is free now.
+
+    vLLM binds it seconds later, and gloo and NCCL open many connections meanwhile: so it is taken from below
+    the range in which the kernel chooses ports for them (32768 and up on Linux).
+
+    Raises:
+        RolloutError: host is no address of this machine, or no port was free.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind((host, port))
+                return port
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise RolloutError(f"vLLM can't listen on {host}: {error}") from error
+    raise RolloutError(f"no free port was found on {host}")
+
+
+def make_transfer_dir(parent: Path) -> tuple[Path, int]:
+    """A private directory for weight updates and a descriptor that holds its lock while we live.
+
+    What a run left behind that was killed together with its launcher is removed on this occasion.
+    """
+    for stale in parent.glob(f"{_TRANSFER_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or removed meanwhile
+            # A young directory's owner may not have locked it yet.
+            if time.time() - stale.stat().st_mtime > 60:
+                with open(stale / "lock") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(stale)
+    directory = Path(tempfile.mkdtemp(prefix=_TRANSFER_PREFIX, dir=parent))
+    lock_fd = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock_fd, fcntl.LOCK_EX)
+    return directory, lock_fd
 
 
 def server_arguments(options: ServerOptions, port: int, name: str) -> list[str]:
@@ -168,46 +204,6 @@ def server_environment(options: ServerOptions, base: Mapping[str, str]) -> dict[
     return environment
 
 
-def http_json(url: str, method: str, path: str, body: Any = None, *, timeout_s: float) -> tuple[int, Any]:
-    """One HTTP call without proxies.
-
-    Args:
-        url: "http://host:port".
-        method: "GET" or "POST".
-        path: path and query.
-        body: value sent as JSON, None = no body.
-        timeout_s: seconds that any single wait for the server may take.
-
-    Returns:
-        HTTP status and the decoded JSON (or the text when it is no JSON, None when empty).
-
-    Raises:
-        OSError or http.client.HTTPException: no answer.
-    """
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
-    try:
-        data = None if body is None else json.dumps(body).encode()
-        connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})
-        response = connection.getresponse()
-        text = response.read().decode(errors="replace")
-    finally:
-        connection.close()
-    try:
-        return response.status, json.loads(text) if text else None
-    except json.JSONDecodeError:
-        return response.status, text
-
-
-def error_text(answer: Any, limit: int = 300) -> str:
-    """The message inside vLLM's answer to a failed call, in one line of at most limit characters."""
-    if isinstance(answer, Mapping):
-        error = answer.get("error", answer.get("detail", answer))
-        answer = error.get("message", error) if isinstance(error, Mapping) else error
-    text = " ".join(str(answer).split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
 class RolloutServer:
     """A running vLLM server; make one with `RolloutServer.start(options)`. Also a context manager.
 
@@ -225,7 +221,7 @@ class RolloutServer:
         port: int,
         name: str,
         transfer_dir: Path,
-        pipe: int,
+        held_fds: tuple[int, ...],
         log_offset: int,
     ) -> None:
         self.options = options
@@ -233,7 +229,7 @@ class RolloutServer:
         self.name = name
         self.transfer_dir = transfer_dir
         self._process = process
-        self._pipe = pipe
+        self._held_fds = held_fds
         self._log_offset = log_offset
         self._lock = threading.RLock()
         self._started = time.monotonic()
@@ -251,7 +247,7 @@ class RolloutServer:
         shared_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
         parent = options.transfer_dir or shared_memory
         options.log_file.parent.mkdir(parents=True, exist_ok=True)
-        transfer_dir = Path(tempfile.mkdtemp(prefix="siren-megatron-", dir=parent))
+        transfer_dir, lock_fd = make_transfer_dir(Path(parent))
         # Python makes both ends close-on-exec, and pass_fds hands over the read end only.
         read_end, write_end = os.pipe()
         command = [
@@ -272,12 +268,13 @@ class RolloutServer:
                     pass_fds=(read_end,),
                 )
         except OSError as error:
-            os.close(write_end)
             shutil.rmtree(transfer_dir, ignore_errors=True)
+            os.close(write_end)
+            os.close(lock_fd)
             raise RolloutError(f"vLLM could not be started: {error}") from error
         finally:
             os.close(read_end)
-        return cls(options, process, port, name, transfer_dir, write_end, log_offset)
+        return cls(options, process, port, name, transfer_dir, (write_end, lock_fd), log_offset)
 
     @property
     def pid(self) -> int:
@@ -372,8 +369,9 @@ class RolloutServer:
             if self.alive():
                 self._kill_group(signal.SIGKILL)
                 self._process.wait()
-            os.close(self._pipe)
             shutil.rmtree(self.transfer_dir, ignore_errors=True)
+            for fd in self._held_fds:
+                os.close(fd)
 
     def _kill_group(self, signum: int) -> None:
         try:

@@ -19,7 +19,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from siren_megatron.vllm_server import RolloutServer, error_text, http_json
+from siren_megatron.http_json import error_text, http_json
+from siren_megatron.vllm_server import RolloutServer
 
 
 class WeightSyncError(RuntimeError):

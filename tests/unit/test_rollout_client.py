@@ -1,0 +1,378 @@
+"""Failures of generation and weight updates that a real server can't be made to show, and the pure parts."""
+
+import http.server
+import json
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from siren_megatron import weight_sync
+from siren_megatron.batch import Sample
+from siren_megatron.http_json import error_text
+from siren_megatron.rollout import RolloutClient, RolloutError, parse_completion, prompt_seed
+from siren_megatron.weight_sync import WeightPublisher, WeightSyncError, checkpoint_shapes
+
+ARGUMENTS = dict(num_samples=1, max_tokens=4, temperature=1.0, seed=0, stop_token_ids=[])
+
+
+@contextmanager
+def fake_server(answer):
+    """A server whose POST answer is answer(path, body) -> (status, JSON); None drops the connection."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            reply = answer(self.path, json.loads(body) if body else None)
+            if reply is None:
+                self.connection.close()
+                return
+            data = json.dumps(reply[1]).encode()
+            self.send_response(reply[0])
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def choice(index=0, tokens=(5, 6), logprobs=(-0.5, -0.25), finish_reason="stop"):
+    return {
+        "index": index,
+        "token_ids": list(tokens),
+        "logprobs": {"token_logprobs": list(logprobs)},
+        "finish_reason": finish_reason,
+    }
+
+
+def echo(path, body):
+    """Answers a prompt with its own tokens."""
+    return 200, {"choices": [choice(tokens=body["prompt"], logprobs=[-1.0] * len(body["prompt"]))]}
+
+
+def test_seeds_of_prompts_differ_and_repeat():
+    seeds = [prompt_seed(seed, index) for seed in range(20) for index in range(200)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**62 for seed in seeds)
+    assert prompt_seed(3, 4) == prompt_seed(3, 4)
+    # Sample k of a prompt uses seed + k: neighbours have to lie further apart than that.
+    ordered = sorted(seeds)
+    assert min(b - a for a, b in zip(ordered, ordered[1:], strict=False)) > 10**6
+
+
+def test_choices_become_samples_in_the_order_of_their_seeds():
+    answer = {"choices": [choice(1, (7,), (-2.0,), "length"), choice(0)]}
+    assert parse_completion(answer, (1, 2), 2) == [
+        Sample((1, 2), (5, 6), (-0.5, -0.25), "stop"),
+        Sample((1, 2), (7,), (-2.0,), "length"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"choices": [choice()]}, "1 responses came for a prompt, 2 were asked for"),
+        ({"choices": [choice(), choice(1, finish_reason="abort")]}, "finish_reason 'abort'"),
+        ({"choices": [choice(), choice(1, logprobs=(-1.0,))]}, "2 tokens and 1 log-probs"),
+        ({"choices": [choice(), choice(1, logprobs=(-1.0, None))]}, "not finite"),
+        ({"choices": [choice(), choice(1, logprobs=(-1.0, float("nan")))]}, "not finite"),
+        ({"object": "error"}, "the answer is not vLLM's"),
+        (None, "the answer is not vLLM's"),
+    ],
+)
+def test_unusable_answers_raise_a_rollout_error(answer, message):
+    with fake_server(lambda path, body: (200, answer)) as url:
+        with pytest.raises(RolloutError, match=message) as caught:
+            RolloutClient(url, 10, 1).generate([[1]], **{**ARGUMENTS, "num_samples": 2})
+    assert "\n" not in str(caught.value)
+
+
+def test_groups_come_in_the_order_of_prompts_and_are_reported_as_they_finish():
+    def slow_first(path, body):
+        if body["prompt"] == [0]:
+            assert others_done.wait(10)
+        return echo(path, body)
+
+    others_done = threading.Event()
+    finished = []
+
+    def on_group(index, samples):
+        finished.append((index, samples))
+        if len(finished) == 3:
+            others_done.set()
+
+    with fake_server(slow_first) as url:
+        groups = RolloutClient(url, 10, 2).generate([[0], [1], [2], [3]], **ARGUMENTS, on_group=on_group)
+    assert [group[0].response_ids for group in groups] == [(0,), (1,), (2,), (3,)]
+    assert [index for index, _ in finished] == [1, 2, 3, 0]
+    assert all(groups[index] is samples for index, samples in finished)
+
+
+def test_no_more_requests_than_allowed_are_in_flight():
+    lock, now, most = threading.Lock(), 0, 0
+
+    def counting(path, body):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.02)
+        with lock:
+            now -= 1
+        return echo(path, body)
+
+    with fake_server(counting) as url:
+        RolloutClient(url, 10, 3).generate([[k] for k in range(12)], **ARGUMENTS)
+    assert most == 3
+
+
+def test_the_callers_own_error_is_passed_on():
+    def on_group(index, samples):
+        raise BrokenPipeError("a reward worker ended")
+
+    with fake_server(echo) as url:
+        with pytest.raises(BrokenPipeError, match="a reward worker ended"):
+            RolloutClient(url, 10, 2).generate([[1], [2]], **ARGUMENTS, on_group=on_group)
+
+
+def test_a_refusal_is_told_with_the_servers_words():
+    refusal = {"error": {"message": "the prompt is\ntoo long", "code": 400}}
+    with fake_server(lambda path, body: (400, refusal)) as url:
+        with pytest.raises(RolloutError, match="HTTP 400 for prompt 0: the prompt is too long"):
+            RolloutClient(url, 10, 2).generate([[1]], **ARGUMENTS)
+
+
+def test_a_dropped_connection_is_a_rollout_error():
+    with fake_server(lambda path, body: None) as url:
+        with pytest.raises(RolloutError, match="generation failed"):
+            RolloutClient(url, 10, 2).generate([[1], [2]], **ARGUMENTS)
+
+
+def test_an_answer_that_does_not_come_times_out():
+    release = threading.Event()
+
+    def hangs(path, body):
+        release.wait(20)
+        return echo(path, body)
+
+    with fake_server(hangs) as url:
+        started = time.monotonic()
+        try:
+            with pytest.raises(RolloutError, match=r"took longer than 0\.5 s"):
+                RolloutClient(url, 0.5, 2).generate([[1]], **ARGUMENTS)
+            assert time.monotonic() - started < 5
+        finally:
+            release.set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_samples": 0}, "num_samples is 0"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": 0.0, "num_samples": 2}, "temperature is 0.0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RolloutClient("http://127.0.0.1:1", 1, 1).generate([[1]], **{**ARGUMENTS, **changes})
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        RolloutClient("http://127.0.0.1:1", 1, 1).generate([[1], []], **ARGUMENTS)
+
+
+def test_no_prompts_are_no_work():
+    assert RolloutClient("http://127.0.0.1:1", 1, 1).generate([], **ARGUMENTS) == []
+
+
+def test_error_text_is_one_short_line():
+    assert error_text({"error": {"message": "a\n b"}}) == "a b"
+    assert error_text({"detail": "gone"}) == "gone"
+    assert error_text("x" * 500) == "x" * 297 + "..."
+
+
+WEIGHTS = {"a.weight": torch.zeros(4, 2), "b.weight": torch.zeros(3)}
+
+
+@pytest.fixture
+def publisher(tmp_path):
+    """make(answer) -> (WeightPublisher on a fake server, the calls it made)."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    save_file({**WEIGHTS, "lm_head.weight": torch.zeros(2, 2)}, model / "model.safetensors")
+    transfer_dir = tmp_path / "transfer"
+    transfer_dir.mkdir()
+
+    @contextmanager
+    def make(answer=lambda path, body: (200, {}), **options):
+        calls = []
+
+        def recorded(path, body):
+            calls.append("abort" if body == {"update_info": {"abort": True}} else path)
+            return answer(path, body)
+
+        with fake_server(recorded) as url:
+            server = SimpleNamespace(
+                url=url,
+                transfer_dir=transfer_dir,
+                options=SimpleNamespace(model=model, dtype="float32", log_file=Path("vllm.log")),
+                describe_death=lambda: "the vLLM server died (exit code 0)",
+            )
+            yield WeightPublisher(server, **options), calls
+
+    return make
+
+
+def test_the_calls_of_an_update_and_its_statistics(publisher):
+    with publisher() as (weights, calls):
+        weights.init()
+        stats = weights.update(iter(WEIGHTS.items()))
+    assert calls == [
+        "/init_weight_transfer_engine",
+        "/pause?mode=wait",
+        "/start_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
+        "/reset_prefix_cache",
+        "/resume",
+    ]
+    assert (stats.bytes, stats.num_tensors) == (44, 2)
+    assert stats.seconds > 0
+
+
+def test_chunks_are_files_of_their_own_that_are_gone_afterwards(publisher, tmp_path):
+    seen = []
+
+    def answer(path, body):
+        if path == "/update_weights":
+            seen.append(checkpoint_names(body["update_info"]["path"]))
+        return 200, {}
+
+    def checkpoint_names(path):
+        with weight_sync.safe_open(path, framework="pt") as tensors:
+            return list(tensors.keys())
+
+    with publisher(answer, chunk_bytes=8) as (weights, _):
+        weights.update(iter(WEIGHTS.items()))
+    assert seen == [["a.weight"], ["b.weight"]]
+    assert list((tmp_path / "transfer").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"a.weight": torch.zeros(4, 2)}, "lacks 1 tensors, among them b.weight"),
+        ({"a.weight": torch.zeros(2, 4)}, r"a.weight of shape \(2, 4\); the checkpoint's is \(4, 2\)"),
+        ({"c.weight": torch.zeros(1)}, "c.weight, which the served checkpoint has not"),
+    ],
+)
+def test_wrong_tensors_end_the_update_before_it_is_finished(publisher, tensors, message):
+    with publisher() as (weights, calls):
+        with pytest.raises(WeightSyncError, match=message):
+            weights.update(iter(tensors.items()))
+    assert calls[-1] == "abort"
+    assert "/finish_weight_update" not in calls
+    assert "/resume" not in calls
+
+
+def test_a_tensor_sent_twice_is_refused(publisher):
+    with publisher() as (weights, _):
+        with pytest.raises(WeightSyncError, match="has b.weight twice"):
+            weights.update(iter([*WEIGHTS.items(), ("b.weight", torch.zeros(3))]))
+
+
+def test_an_error_in_making_the_tensors_is_passed_on(publisher):
+    def broken():
+        yield "a.weight", torch.zeros(4, 2)
+        raise ZeroDivisionError("in the trainer")
+
+    with publisher() as (weights, calls):
+        with pytest.raises(ZeroDivisionError):
+            weights.update(broken())
+    assert calls[-1] == "abort"
+    assert "/resume" not in calls
+
+
+def test_views_and_other_dtypes_are_sent_as_the_servers_own(publisher):
+    received = {}
+
+    def answer(path, body):
+        if path == "/update_weights":
+            with weight_sync.safe_open(body["update_info"]["path"], framework="pt") as tensors:
+                received.update({name: tensors.get_tensor(name) for name in tensors.keys()})
+        return 200, {}
+
+    whole = torch.arange(11.0)
+    with publisher(answer) as (weights, _):
+        weights.update(iter([("a.weight", whole[:8].view(2, 4).t()), ("b.weight", whole[8:].bfloat16())]))
+    assert torch.equal(received["a.weight"], whole[:8].view(2, 4).t())
+    assert torch.equal(received["b.weight"], torch.tensor([8.0, 9.0, 10.0]))
+
+
+def test_full_shared_memory_is_told_before_anything_is_written(publisher, monkeypatch):
+    monkeypatch.setattr(weight_sync.os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096))
+    with publisher() as (weights, calls):
+        with pytest.raises(WeightSyncError, match="MiB left, a chunk of weights needs"):
+            weights.update(iter(WEIGHTS.items()))
+    assert "/update_weights" not in calls
+
+
+@pytest.mark.parametrize("path", ["/pause?mode=wait", "/start_weight_update", "/finish_weight_update"])
+def test_a_refused_call_is_an_error_and_never_resumes(publisher, path):
+    def answer(called, body):
+        return (500, {"error": {"message": "the engine is upset"}}) if called == path else (200, {})
+
+    with publisher(answer) as (weights, calls):
+        with pytest.raises(
+            WeightSyncError, match="failed: HTTP 500: the engine is upset; vLLM's log: vllm.log"
+        ):
+            weights.update(iter(WEIGHTS.items()))
+    assert "/resume" not in calls
+
+
+def test_a_dead_server_and_one_that_hangs_are_told_apart(publisher):
+    with publisher(lambda path, body: None) as (weights, _):
+        with pytest.raises(WeightSyncError, match=r"died \(exit code 0\)"):
+            weights.init()
+    release = threading.Event()
+
+    def hangs(path, body):
+        release.wait(20)
+        return 200, {}
+
+    with publisher(hangs, timeout_s=0.3) as (weights, _):
+        try:
+            with pytest.raises(WeightSyncError, match=r"took longer than 0\.3 s"):
+                weights.init()
+        finally:
+            release.set()
+
+
+def test_shapes_are_read_from_the_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": False}))
+    save_file({"lm_head.weight": torch.zeros(2, 3)}, tmp_path / "model-00001.safetensors")
+    save_file({"a.weight": torch.zeros(5)}, tmp_path / "model-00002.safetensors")
+    assert checkpoint_shapes(tmp_path) == {"lm_head.weight": (2, 3), "a.weight": (5,)}
+    with pytest.raises(ValueError, match="holds no"):
+        checkpoint_shapes(tmp_path / "nothing")
