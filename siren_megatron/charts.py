@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from html import escape
 
 CHART_WIDTH, CHART_HEIGHT = 480, 270  # units of the view box: text is 11 to 13 of them high
-LEFT, RIGHT, TOP, BOTTOM = 54, 14, 58, 30  # margins around the plot area
+LEFT, RIGHT, BOTTOM = 54, 14, 30  # margins around the plot area
+TOP, TOP_WITH_LEGEND = 42, 60
+DOTS = 12  # points up to which a curve shows each of them
 MAX_POINTS = 800  # a curve; longer ones keep the lowest and highest point of each bucket
 
 THEME_CSS = """
@@ -32,6 +34,7 @@ CHART_CSS = (
 .chart .value { font-size: 13px; fill: var(--ink); font-variant-numeric: tabular-nums; }
 .chart .grid { stroke: var(--grid); } .chart .axis { stroke: var(--axis); }
 .chart .line { fill: none; stroke-width: 1.9; stroke-linejoin: round; stroke-linecap: round; }
+.chart .dots { stroke-width: 5.5; }
 .chart .raw { stroke-width: 1; opacity: .35; } .chart .dashed { stroke-dasharray: 5 4; }
 .chart .area { stroke: var(--card); stroke-width: .6; opacity: .9; }
 """
@@ -143,14 +146,15 @@ def thin(
 class _Plot:
     """Maps data to the view box."""
 
-    def __init__(self, steps: tuple[float, float], values: tuple[float, float]) -> None:
+    def __init__(self, steps: tuple[float, float], values: tuple[float, float], top: float) -> None:
+        self.top = top
         low, high = values
         if 0 < low < 0.4 * high:  # a scale that nearly reaches zero should reach it
             low = 0.0
         self.y_ticks = nice_ticks(low, high)
         self.x_low, self.x_high = steps
         self.x_ticks = [
-            x for x in nice_ticks(*steps, count=6) if self.x_low <= x <= self.x_high and x == int(x)
+            x for x in nice_ticks(*steps, count=7) if self.x_low <= x <= self.x_high and x == int(x)
         ]
 
     def x(self, step: float) -> float:
@@ -159,7 +163,7 @@ class _Plot:
 
     def y(self, value: float) -> float:
         low, high = self.y_ticks[0], self.y_ticks[-1]
-        return CHART_HEIGHT - BOTTOM - (value - low) / (high - low) * (CHART_HEIGHT - TOP - BOTTOM)
+        return CHART_HEIGHT - BOTTOM - (value - low) / (high - low) * (CHART_HEIGHT - self.top - BOTTOM)
 
     def path(self, points: Sequence[tuple[float, float]]) -> str:
         """Path data; a point that is not finite lifts the pen, and a lone point is drawn as a dot."""
@@ -189,6 +193,7 @@ def _frame(plot: _Plot) -> list[str]:
         parts.append(
             f'<text x="{plot.x(tick):.1f}" y="{bottom + 17}" text-anchor="middle">{format_value(tick)}</text>'
         )
+    parts.append(f'<text x="{LEFT - 7}" y="{bottom + 17}" text-anchor="end">step</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     return parts
 
@@ -197,13 +202,20 @@ def _tick(tick: float, ticks: Sequence[float]) -> str:
     step = ticks[1] - ticks[0]
     if abs(tick) < step * 1e-6:
         return "0"
-    if step >= 1e-3 and max(map(abs, ticks)) < 1e4:
+    size = max(map(abs, ticks))
+    if step >= 1e-3 and size < 1e4:
         return f"{tick:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+    if 1e4 <= size < 1e7:
+        return f"{tick:,.0f}" if step >= 1 else f"{tick:,}"
+    if size < 0.05 or size >= 1e7:  # as many digits for all ticks of an axis
+        digits = math.floor(math.log10(abs(tick))) - math.floor(math.log10(step) + 1e-9)
+        mantissa, exponent = f"{tick:.{max(digits, 0)}e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
     return format_value(tick)
 
 
 def _legend(chart: Chart) -> list[str]:
-    parts, x = [], LEFT
+    parts, x = [], LEFT - 38
     for index, series in enumerate(chart.series):
         color = index % 8
         if chart.stacked:
@@ -212,7 +224,7 @@ def _legend(chart: Chart) -> list[str]:
             dashed = " dashed" if series.dashed else ""
             parts.append(f'<path class="line c{color}{dashed}" d="M{x} 39h14"/>')
         parts.append(f'<text class="legend" x="{x + 19}" y="43">{escape(series.name)}</text>')
-        x += 34 + round(6.1 * len(series.name))
+        x += 32 + round(6.0 * len(series.name))
     return parts
 
 
@@ -242,6 +254,12 @@ def render(chart: Chart, attributes: str = "") -> str:
             color = f"line c{index % 8}" + (" dashed" if series.dashed else "")
             smooth = series.smooth and window > 1
             layers.append((color + (" raw" if smooth else ""), thin(series.steps, series.values), []))
+            if len(series.steps) <= DOTS and not series.dashed:
+                gaps = [(step, math.nan) for step in series.steps]  # a gap after each point makes it a dot
+                points = zip(series.steps, series.values, strict=True)
+                layers.append(
+                    (color + " dots", [p for pair in zip(points, gaps, strict=True) for p in pair], [])
+                )
             if smooth:
                 layers.append((color, thin(series.steps, trailing_mean(series.values, window)), []))
     points = [point for _, upper, lower in layers for point in upper + lower if math.isfinite(point[1])]
@@ -257,6 +275,7 @@ def render(chart: Chart, attributes: str = "") -> str:
         plot = _Plot(
             (min(x for x, _ in points), max(x for x, _ in points)),
             (min(y for _, y in points), max(y for _, y in points)),
+            TOP_WITH_LEGEND if len(chart.series) > 1 else TOP,
         )
         body = _frame(plot)
         for classes, upper, lower in layers:
@@ -266,7 +285,7 @@ def render(chart: Chart, attributes: str = "") -> str:
             body.append(f'<path class="{classes}" d="{data}"/>')
         geometry = (
             f' data-x="{plot.x_low} {plot.x_high} {LEFT} {CHART_WIDTH - RIGHT}"'
-            f' data-y="{plot.y_ticks[0]} {plot.y_ticks[-1]} {CHART_HEIGHT - BOTTOM} {TOP}"'
+            f' data-y="{plot.y_ticks[0]} {plot.y_ticks[-1]} {CHART_HEIGHT - BOTTOM} {plot.top}"'
         )
     if len(chart.series) == 1 and chart.series[0].values:
         last = format_value(chart.series[0].values[-1])

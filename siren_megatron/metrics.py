@@ -176,20 +176,23 @@ class MetricsLogger:
             self.rows = kept
         return dropped
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Record one step.
 
         Args:
             step: steps done, this one included: 1 is the first; greater than that of every row before.
-            metrics: name -> number (Python, NumPy, or a tensor with one element; NaN and infinities pass).
+            metrics: name -> number (Python, NumPy, or a tensor with one element; NaN and infinities pass);
+                None is left out: not measured in this step.
 
         Raises:
             ValueError: `step` does not grow (on resume: `truncate_after` was forgotten).
-            TypeError: a value is not a number.
+            TypeError: a value is not a number, or a name is one of the logger's own (step, wall_time).
         """
         if self.rows and step <= self.rows[-1]["step"]:
             raise ValueError(f"{self.path} already has step {self.rows[-1]['step']}: cannot log step {step}")
-        values = {name: float(value) for name, value in metrics.items() if name != "step"}
+        values = {name: float(value) for name, value in metrics.items() if value is not None}
+        if reserved := values.keys() & {"step", "wall_time"}:
+            raise TypeError(f"metrics named {sorted(reserved)}: the logger writes these itself")
         row = {"step": int(step), **values, "wall_time": time.time()}
         self._file.write(_json_line(row))
         self._file.flush()
@@ -243,7 +246,7 @@ class MetricsLogger:
             self._tensorboard.close()
         paths = self.paths
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if status == "finished" else 1, quiet=True)
+            self._wandb.finish(exit_code=0 if status == "finished" else 1)
         self.write_report(status)
         print_summary(self._display.console, self.rows, status, self.num_steps, paths)
 
@@ -256,7 +259,7 @@ class MetricsLogger:
         elif issubclass(kind, KeyboardInterrupt):
             self.close("interrupted")
         else:
-            self.close(f"failed: {kind.__name__}: {error}")
+            self.close(f"failed: {kind.__name__}: {error}".splitlines()[0])
 
     def _log_tensorboard(self, step: int, values: Mapping[str, float]) -> None:
         if self._tensorboard is None:  # late, because purge_step must know what truncate_after left
@@ -281,7 +284,7 @@ class MetricsLogger:
                 mode=mode,
                 dir=str(self.save_dir),
                 config=json.loads(json.dumps(self.config, default=str)),
-                settings=wandb.Settings(console="off"),  # its capture of stdout would fight the progress bar
+                settings=wandb.Settings(console="off", quiet=True),  # its capture of stdout fights the bar
             )
         except wandb.Error as error:
             raise ValueError(f"--wandb-project {project}: wandb did not start: {error}") from error

