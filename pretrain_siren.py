@@ -13,10 +13,13 @@ def main() -> None:
     config = parse_args()
     if config.run.check:
         return
-    # Heavy imports come after the options are known to be right.
+    # Heavy imports come after the options are known to be right, megatron-core's after the platform is set.
+    from siren_megatron import platform
+
+    device = platform.install()
     from siren_megatron.job import Job
 
-    with Job(config) as job:
+    with Job(config, device) as job:
         while job.step < config.train.num_steps:
             prompts = job.next_prompts()
             groups = job.generate(prompts)

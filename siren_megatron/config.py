@@ -188,6 +188,24 @@ class Config:
     data: DataOptions
     run: RunOptions
 
+    @classmethod
+    def of(cls, **options: Any) -> Config:
+        """A configuration from field names, defaults for the rest; not yet checked.
+
+        Raises:
+            ValueError: an unknown option, or a required one is missing.
+        """
+        groups = {}
+        for name, group in GROUPS.items():
+            names = [field.name for field in dataclasses.fields(group)]
+            try:
+                groups[name] = group(**{n: options.pop(n) for n in names if n in options})
+            except TypeError as error:
+                raise ValueError(str(error).replace(group.__name__ + ".__init__() ", "options: ")) from None
+        if options:
+            raise ValueError(f"unknown option(s): {', '.join(sorted(options))}")
+        return cls(**groups)
+
     def flat(self) -> dict[str, Any]:
         """Every option by its field name, paths as text: what is logged and kept in checkpoints."""
         values = {}
@@ -246,13 +264,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: Sequence[str] | None = None) -> Config:
     """The options of a run, checked; prints one line and exits with code 2 where they are wrong."""
     try:
-        namespace = vars(build_parser().parse_args(argv))
-        config = Config(
-            **{
-                name: cls(**{f.name: namespace[f.name] for f in dataclasses.fields(cls)})
-                for name, cls in GROUPS.items()
-            }
-        )
+        config = Config.of(**vars(build_parser().parse_args(argv)))
         check(config)
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":

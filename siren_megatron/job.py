@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Sequence
-
-warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*", category=UserWarning)
 
 import torch
 import torch.distributed as dist
 
-from siren_megatron import grpo, platform
+from siren_megatron import grpo
 from siren_megatron.batch import Sample, TrainBatch, broadcast_batch, make_batch
 from siren_megatron.checkpoint import load_checkpoint, save_checkpoint
 from siren_megatron.config import Config, check, read_hf_config
 from siren_megatron.metrics import MetricsLogger, StageTimer
+from siren_megatron.platform import Platform, init_process_group
 from siren_megatron.prompts import Prompt, PromptCursor, load_prompts, load_tokenizer
 from siren_megatron.rewards import RewardPool
 from siren_megatron.rollout import RolloutClient, RolloutError, RolloutServer, ServerOptions
@@ -39,13 +37,17 @@ class Job:
 
     On an error it prints one line and exits with code 1 (2 for a user's mistake).
 
+    Args:
+        config: the run's options.
+        device: from `platform.install`.
+
     Attributes:
         step: steps done.
         entropy_anchor: masked entropy of the initial policy in nats; None before the first step.
     """
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, device: Platform):
+        self.config, self.platform = config, device
         self.step = 0
         self.entropy_anchor: float | None = None
         self._stack = contextlib.ExitStack()
@@ -75,10 +77,8 @@ class Job:
 
     def _build(self) -> None:
         config = self.config
-        self.platform = platform.install()
-        platform.init_process_group(self.platform, config.parallel.distributed_timeout_minutes * 60)
-        check_world = dist.get_world_size()
-        check(config, check_world)
+        init_process_group(self.platform, config.parallel.distributed_timeout_minutes * 60)
+        check(config, dist.get_world_size())
         self.is_main = dist.get_rank() == 0
         self.hf_config = read_hf_config(config.model.hf_checkpoint)
         if self.is_main:

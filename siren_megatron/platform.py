@@ -11,6 +11,7 @@ import datetime
 import functools
 import importlib
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,9 @@ def install(local_rank: int | None = None) -> Platform:
     Args:
         local_rank: index of the GPU on this machine; `LOCAL_RANK` of torchrun when None.
     """
+    # megatron-core warns at import of what is not installed and of its own deprecations: nothing to act on.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if torch.cuda.is_available():
         if local_rank is None:
             local_rank = int(os.environ.get("LOCAL_RANK", "0"))
