@@ -112,9 +112,28 @@ make_venv() {
     "$python" -m venv "$venv" || die "python -m venv failed"
 }
 
-pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --no-deps "$@"; }
+# pip's own words go to install.log; here a line for every 25 packages, and what went wrong.
+show_progress() {
+    local line packages=0
+    while IFS= read -r line; do
+        case "$line" in
+            Collecting* | "Requirement already satisfied"*)
+                packages=$((packages + 1))
+                [ $((packages % 25)) -ne 0 ] || say "$packages packages found or fetched"
+                ;;
+            "Installing collected packages"*) say "unpacking" ;;
+            *ERROR:* | "WARNING: Retrying"*) say "$line" >&2 ;;
+        esac
+    done
+}
 
-rm -f "$venv"/.stamp.*
+pip_install() {
+    "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" 2>&1 |
+        tee -a "$venv/install.log" | show_progress ||
+        die "pip failed (its output: $venv/install.log); call again to go on from here"
+}
+
+rm -f "$venv"/.stamp.* "$venv/install.log"
 if is_broken; then
     make_venv
 else
@@ -131,7 +150,7 @@ fi
 
 count=$(grep -cE '^[A-Za-z0-9]' requirements/cpu.lock)
 say "installing the $count packages of requirements/cpu.lock (some minutes, the first time)"
-pip_install "${locks[@]}" || die "pip failed, see above; call again to go on from here"
+pip_install --no-deps "${locks[@]}"
 
 # A torch from PyPI is the CUDA build, and --no-deps has left out the CUDA libraries that it loads at import.
 if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
@@ -140,13 +159,13 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
 sys.exit(not any("cuda" in r or "nvidia" in r for r in m.requires("torch")))' ||
         die "torch is installed but does not import: try $venv/bin/python -c 'import torch'"
     say "this torch is the CUDA build (no index of pip's has the CPU build): adding its libraries"
-    "$venv/bin/python" -m pip install --disable-pip-version-check --quiet "$torch" \
-        --constraint <(grep -vE '^(torch|triton)==' requirements/cpu.lock) || die "pip failed, see above"
+    grep -vE '^(torch|triton)==' requirements/cpu.lock >"$venv/constraints.txt"
+    pip_install "$torch" --constraint "$venv/constraints.txt"
     "$venv/bin/python" -c 'import torch' || die "torch does not import"
 fi
 
 say "installing siren-megatron (editable)"
-pip_install --no-build-isolation --editable . || die "pip failed, see above"
+pip_install --no-deps --no-build-isolation --editable .
 
 printf '%s\n' "$want" >"$stamp.new"
 mv "$stamp.new" "$stamp"
