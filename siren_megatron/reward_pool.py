@@ -7,6 +7,7 @@ in milliseconds, and the trainer itself, with its threads and process groups, is
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
@@ -94,9 +95,7 @@ class RewardPool:
         if num_workers < 1 or max_response_chars < 1 or memory_limit_mb < 1:
             raise ValueError("a reward pool needs at least one worker, one MiB and one character")
         if not (time_limit_s > 0 and math.isfinite(time_limit_s)):
-            raise ValueError(
-                f"the reward's time limit must be a positive number of seconds, got {time_limit_s}"
-            )
+            raise ValueError(f"the reward's time limit must be above 0 seconds, got {time_limit_s}")
         self._max_response_chars = max_response_chars
         self._settings = {
             "reward": reward_name,
@@ -111,6 +110,8 @@ class RewardPool:
         self._restarts = 0
         self._pending: dict[int, tuple[bytes, Future[RewardResult]]] = {}
         self._start()
+        # Before the interpreter is torn down, while the reader thread still runs.
+        atexit.register(self.close)
 
     @property
     def supervisor_pid(self) -> int:
@@ -149,6 +150,7 @@ class RewardPool:
                 return
             self._closed = True
             self._close_stdin()
+        atexit.unregister(self.close)
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:

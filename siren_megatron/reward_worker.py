@@ -25,6 +25,7 @@ from typing import Any
 
 MAX_CHUNK_PAIRS = 32
 MAX_CHUNK_CHARS = 200_000
+MAX_IDLE_DEATHS = 20  # in a row
 POLL_S = 0.5
 _PR_SET_PDEATHSIG = 1
 
@@ -71,6 +72,7 @@ class Supervisor:
         self._to_write = bytearray()
         self._queue: deque[_Task] = deque()
         self._workers: list[_Worker] = []
+        self._idle_deaths = 0
         os.set_blocking(0, False)
         os.set_blocking(output, False)
 
@@ -85,7 +87,7 @@ class Supervisor:
                 self._end(worker)
 
     def _serve_once(self) -> bool:
-        for key, events in self._selector.select(self._wait_s()):
+        for key, _ in self._selector.select(self._wait_s()):
             if key.fd == 0:
                 if not self._read_submissions():
                     return False
@@ -149,12 +151,17 @@ class Supervisor:
         for line in lines:
             reward, error = json.loads(line)
             self._finish(worker.tasks.popleft(), reward, error=error)
+            self._idle_deaths = 0
             worker.started = time.monotonic()
 
     def _replace(self, worker: _Worker, *, timed_out: bool = False) -> None:
         """Put a new worker in the place of a dead or hanging one: the task it was at is lost, no other."""
         status = self._end(worker)
-        if worker.tasks:
+        if not worker.tasks:
+            self._idle_deaths += 1
+            if self._idle_deaths > MAX_IDLE_DEATHS:
+                raise RuntimeError(f"reward workers end before they are given anything ({_describe(status)})")
+        else:
             task = worker.tasks.popleft()
             if timed_out:
                 self._finish(task, 0.0, timed_out=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -36,6 +37,7 @@ MAX_NESTING = 30
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _ANSWER_PHRASE = re.compile(r"answer\s*(?:is|:|=)\s*:?\s*", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"\.(?:\s|$)")
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|(?<![\w.])-?\.\d+")
 _INLINE_MATH = re.compile(r"(?<!\\)\$([^$\n]+)(?<!\\)\$|\\\(([^\n]*?)\\\)")
 _INTEGER = re.compile(r"[+-]?\d+")
@@ -93,25 +95,23 @@ def extract_final_answer(response: str) -> str | None:
     _, mark, after = response.rpartition("####")
     if mark:
         return _first_line(after)
-    phrase = None
-    for phrase in _ANSWER_PHRASE.finditer(response):
-        pass
+    phrase = _last_match(_ANSWER_PHRASE, response)
     if phrase is not None:
-        sentence = _first_line(response[phrase.end() :])
+        sentence = _SENTENCE_END.split(_first_line(response[phrase.end() :]), maxsplit=1)[0]
         return _last_value(sentence) or sentence
     return _last_value(response)
 
 
 def _last_value(text: str) -> str | None:
     """The last number of a text, or the inline formula around it."""
-    number = formula = None
-    for number in _NUMBER.finditer(text):
-        pass
-    for formula in _INLINE_MATH.finditer(text):
-        pass
+    number, formula = _last_match(_NUMBER, text), _last_match(_INLINE_MATH, text)
     if formula is not None and (number is None or number.end() <= formula.end()):
         return formula.group(1) or formula.group(2)
     return number.group() if number is not None else None
+
+
+def _last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
 def _last_boxed(text: str) -> str | None:
@@ -194,14 +194,6 @@ def prepare_reward(name: str) -> RewardFunction:
     if function is math_reward:
         # math-verify warns at each start that its time limit is off.
         logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-        for text in (
-            r"\frac{1}{2}",
-            r"2\sqrt{3}+x^{2}",
-            r"(1,2]",
-            r"x=-5",
-            r"\{1,2\}",
-            r"\text{even}",
-            "0.5",
-        ):
+        for text in (r"\frac{1}{2}", r"2\sqrt{3}+x^{2}", r"(1,2]", r"x=-5", r"\{1,2\}", r"\text{even}"):
             math_reward(rf"\boxed{{{text}}}", r"\frac{2}{3}")
     return function
