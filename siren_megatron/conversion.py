@@ -144,7 +144,9 @@ def table_of(hf_config: dict[str, Any]) -> dict[str, Rule]:
 def local_parameters(model: torch.nn.Module) -> Iterator[tuple[str, int | None, Tensor]]:
     """(name in the table, global layer number or None, parameter) of this rank's stage, in a fixed order."""
     offsets = {
-        name: module.layer_number - 1 for name, module in model.named_modules() if isinstance(module, TransformerLayer)
+        name: module.layer_number - 1
+        for name, module in model.named_modules()
+        if isinstance(module, TransformerLayer)
     }
     for name, parameter in model.named_parameters():
         match = re.search(r"decoder\.layers\.(\d+)\.", name)
@@ -193,7 +195,10 @@ def load_hf_weights(model: torch.nn.Module, directory: Path, hf_config: dict[str
         ValueError: a tensor is missing, left over, or has another shape; nothing else is checked by loading.
     """
     table, shape, reader = table_of(hf_config), Shape.of(hf_config), HfReader(directory)
-    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    tp, rank = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
     for name, layer, parameter in local_parameters(model):
         rule = table.get(name)
         if rule is None:
@@ -211,7 +216,9 @@ def load_hf_weights(model: torch.nn.Module, directory: Path, hf_config: dict[str
     left = set(reader.files) - expected_names(table, hf_config)
     left -= {"lm_head.weight"} if shape.tie_word_embeddings else set()
     if left:
-        raise ValueError(f"{directory} holds {len(left)} tensor(s) that the model has not, such as {min(left)}")
+        raise ValueError(
+            f"{directory} holds {len(left)} tensor(s) that the model has not, such as {min(left)}"
+        )
 
 
 def expected_names(table: dict[str, Rule], hf_config: dict[str, Any]) -> set[str]:
@@ -266,14 +273,18 @@ def iterate_hf_weights(model: torch.nn.Module, hf_config: dict[str, Any]) -> Ite
                     else:
                         shards = shards or []
                         kind = getattr(torch, dtype.removeprefix("torch."))
-                        shards.append(torch.empty(local_shape, dtype=kind, device=torch.cuda.current_device()))
+                        shards.append(
+                            torch.empty(local_shape, dtype=kind, device=torch.cuda.current_device())
+                        )
                         dist.recv(shards[i], src=stages[owner])
             if stage == 0:
                 for source, tensor in zip(rule.sources, join(rule, shards, shape), strict=True):
                     yield source.format(layer=layer), tensor
 
 
-def export_hf_checkpoint(model: torch.nn.Module, source: Path, hf_config: dict[str, Any], target: Path) -> None:
+def export_hf_checkpoint(
+    model: torch.nn.Module, source: Path, hf_config: dict[str, Any], target: Path
+) -> None:
     """Write the model as a Hugging Face checkpoint, with the tokenizer and configs of the one it started from.
 
     A collective. Written under a temporary name beside `target`, then renamed; an old `target` is replaced.
@@ -291,7 +302,11 @@ def export_hf_checkpoint(model: torch.nn.Module, source: Path, hf_config: dict[s
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for path in source.iterdir():
-            if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and "index" not in path.name:
+            if (
+                path.is_file()
+                and path.suffix in (".json", ".txt", ".model", ".jinja")
+                and "index" not in path.name
+            ):
                 shutil.copy(path, partial / path.name)
         _write_files(weights, partial)
         shutil.rmtree(target, ignore_errors=True)

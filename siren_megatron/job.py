@@ -264,7 +264,9 @@ class Job:
             batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask, "weight update"
         )
 
-    def _check_logprobs(self, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor, when: str) -> float:
+    def _check_logprobs(
+        self, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor, when: str
+    ) -> float:
         """Every rank holds the same tensors, so all of them stop together."""
         difference = (ours - theirs).abs()[mask]
         mean, largest = float(difference.mean()), float(difference.max())
@@ -293,7 +295,9 @@ class Job:
                 "siren/entropy_anchor": self.entropy_anchor,
                 **metrics,
                 "response_length": tokens / batch.num_responses,
-                "rollout_logprob_diff": float((batch.old_logprobs - batch.rollout_logprobs).abs()[mask].max()),
+                "rollout_logprob_diff": float(
+                    (batch.old_logprobs - batch.rollout_logprobs).abs()[mask].max()
+                ),
                 "weight_sync_logprob_diff": self.weight_sync_diff,
                 "reward_timeouts": self.reward_result.num_timeouts,
                 "reward_errors": self.reward_result.num_errors,

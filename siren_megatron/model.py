@@ -50,7 +50,9 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape and dtype."""
-        return torch.nn.functional.rms_norm(x.float(), (x.size(-1),), self.weight.float(), self.eps).to(x.dtype)
+        return torch.nn.functional.rms_norm(x.float(), (x.size(-1),), self.weight.float(), self.eps).to(
+            x.dtype
+        )
 
 
 class CausalAttention(torch.nn.Module):
@@ -92,7 +94,9 @@ def check_architecture(hf_config: dict[str, Any]) -> None:
     names = hf_config.get("architectures") or []
     if not set(names) & set(ARCHITECTURES):
         known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"--hf-checkpoint: architecture {names or 'unknown'} is not supported (known: {known})")
+        raise ValueError(
+            f"--hf-checkpoint: architecture {names or 'unknown'} is not supported (known: {known})"
+        )
     if hf_config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"--hf-checkpoint: hidden_act {hf_config['hidden_act']} is not supported, only silu")
     if hf_config.get("use_sliding_window"):

@@ -197,7 +197,9 @@ class Trainer:
             entropy_anchor: in nats.
         """
         batch = batch.trimmed(self.length_multiple)
-        scale = LossScale(batch.num_responses, batch.num_tokens, self.config.rollout.rollout_max_response_length)
+        scale = LossScale(
+            batch.num_responses, batch.num_tokens, self.config.rollout.rollout_max_response_length
+        )
         step_entropy = None
         if self.config.entropy.siren_anchor_estimate == "step":
             step_entropy = self.masked_entropy(batch)
