@@ -126,11 +126,25 @@ def settle(z: Tensor, nucleus: Nucleus, plan: ShardPlan, engine: ModuleType) -> 
     return nucleus
 
 
-def _concatenate(parts: list[Nucleus]) -> Nucleus:
+def concatenate(parts: list[Nucleus]) -> Nucleus:
+    """Rows of several nuclei, in order."""
     if len(parts) == 1:
         return parts[0]
     sums = RowSums(*(torch.cat(field) for field in zip(*(p.sums for p in parts), strict=True)))
     return Nucleus(sums, *(torch.cat(field) for field in zip(*(p[1:] for p in parts), strict=True)))
+
+
+def list_length(plan: ShardPlan) -> int:
+    """How many of its largest logits a shard sends; none where the nucleus is everything."""
+    return 0 if plan.top_p == 1.0 else TOP_K
+
+
+def count(counters: TopPCounters | None, nucleus: Nucleus, fallback_rows: int) -> None:
+    """Add a call's rows to the caller's counters."""
+    if counters is not None:
+        counters.rows += nucleus.tau.numel()
+        counters.fallback_rows += fallback_rows
+        counters.nan_rows += int(nucleus.sums.sum_e.isnan().sum())
 
 
 def find_nucleus(z: Tensor, local_labels: Tensor, plan: ShardPlan, counters: TopPCounters | None) -> Nucleus:
@@ -139,7 +153,7 @@ def find_nucleus(z: Tensor, local_labels: Tensor, plan: ShardPlan, counters: Top
     if plan.engine is native and plan.size == 1:
         nucleus, fallback = native.forward(z, local_labels, plan.width, plan.top_p, plan.exclusive)
     else:
-        top_k = 0 if plan.top_p == 1.0 else TOP_K
+        top_k = list_length(plan)
         # All rows at once, unless their packs alone would break the budget.
         step = max(1, plan.chunk_bytes // (plan.size * (HEADER + top_k) * 4))
         parts = []
@@ -153,9 +167,6 @@ def find_nucleus(z: Tensor, local_labels: Tensor, plan: ShardPlan, counters: Top
             nucleus = engine.merge(packs, columns, plan.rank, plan.top_p, plan.exclusive)
             fallback += int((~nucleus.certified).sum())
             parts.append(settle(z[rows], nucleus, plan, engine))
-        nucleus = _concatenate(parts)
-    if counters is not None:
-        counters.rows += z.shape[0]
-        counters.fallback_rows += fallback
-        counters.nan_rows += int(nucleus.sums.sum_e.isnan().sum())
+        nucleus = concatenate(parts)
+    count(counters, nucleus, fallback)
     return nucleus
