@@ -3,6 +3,7 @@
 Legend: T = rows, Vs = columns of this shard, tp = tensor-parallel size, K = length of a shard's top list.
 """
 
+import functools
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
@@ -51,11 +52,28 @@ def native_available() -> bool:
 def _engine_for(logits: Tensor, implementation: str) -> ModuleType:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
+    if implementation in ("triton", "auto"):
+        engine = _triton_engine()
+        if engine is not None and engine.supports(logits) and (implementation == "triton" or logits.is_cuda):
+            return engine
+        if implementation == "triton":
+            raise ValueError(
+                f"implementation 'triton' can't take {logits.dtype} on {logits.device.type} here"
+            )
     if implementation == "native" and not native.supports(logits):
         raise ValueError(f"implementation 'native' can't take {logits.dtype} on {logits.device.type} here")
-    if implementation == "native" or (implementation == "auto" and native.supports(logits)):
+    if implementation != "torch" and native.supports(logits):
         return native
     return torch_engine
+
+
+@functools.cache
+def _triton_engine() -> ModuleType | None:
+    try:
+        from . import triton_engine
+    except ImportError:
+        return None
+    return triton_engine
 
 
 def make_plan(
