@@ -3,9 +3,9 @@
     python benchmarks/vocab_parallel.py --tokens 1024 --vocab 151936 --dtype fp32 bf16 --tp 1 2 --rows lm flat
 
 Every method gets the same logits and the same upstream gradients, in one interleaved run: times are medians
-over the rounds. verl is measured when it can be imported (requirements/bench-vocab-parallel.txt); slow methods
-get fewer rows (--slow-tokens), and their time is scaled by the rows. "heap retained" keeps freed memory in the
-process, as a caching allocator does. "floor" reads the logits once and then reads and writes as many bytes in
+over the rounds. verl is measured when it can be imported (requirements/bench-vocab-parallel.txt). The slow
+methods get fewer rows (--slow-tokens), their time is scaled by the rows. "heap retained" keeps freed memory in
+this process, as a caching allocator does. "floor" reads the logits once, then reads and writes as many bytes in
 place: what memory alone would take.
 """
 
@@ -24,8 +24,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.vocab_parallel_peers import SLOW, language_model_rows, make_methods  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "distributed")]  # other packages also install a "tests"
+from launch import run_ranks  # noqa: E402
+from vocab_parallel_peers import SLOW, language_model_rows, make_methods  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,7 +42,7 @@ def retain_heap() -> None:
 class CountCollectives:
     """Collectives called inside the block."""
 
-    NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_to_all_single")
+    NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "all_to_all_single")
 
     def __enter__(self):
         self.count = 0
@@ -226,8 +228,6 @@ def main() -> None:
             print(f"skipped: T = {tokens}, V = {vocab}, {dtype} would not fit --max-gb {options.max_gb}")
             continue
         cases.append(dict(rows=rows, tokens=tokens, vocab=vocab, dtype=dtype))
-    from tests.distributed.launch import run_ranks
-
     machine = hardware()
     results = []
     for size in options.tp:

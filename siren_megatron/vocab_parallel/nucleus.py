@@ -114,7 +114,9 @@ def gather_packs(pack: Tensor, plan: ShardPlan) -> Tensor:
     if plan.tp_group is None:
         return pack.unsqueeze(0)
     packs = pack.new_empty((plan.size, *pack.shape))
-    dist.all_gather_into_tensor(packs.flatten(0, 1), pack, group=plan.tp_group)
+    # The newer name where torch has it (2.13), the older one before.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(packs.flatten(0, 1), pack, group=plan.tp_group)
     return packs
 
 
