@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from siren_megatron import grpo
+from siren_megatron.advantages import assign_advantages, flat_groups
 from siren_megatron.batch import Sample, TrainBatch, broadcast_batch, make_batch
 from siren_megatron.checkpoint import load_checkpoint, save_checkpoint
 from siren_megatron.config import Config, check, read_hf_config
@@ -194,35 +194,43 @@ class Job:
         return self.reward_result.rewards
 
     def make_batch(self, groups: list[list[Sample]] | None, rewards: Sequence[float] | None) -> TrainBatch:
-        """Samples, rewards and group advantages as tensors, on every rank."""
+        """Samples and rewards as tensors, on every rank."""
         batch = None
         if self.is_main:
             samples = [sample for group in groups for sample in group]
             tensor = torch.tensor(rewards)
-            advantages = grpo.group_advantages(
-                tensor,
-                self.config.rollout.rollout_num_samples,
-                normalize_std=self.config.grpo.grpo_normalize_std,
+            batch = make_batch(
+                samples, tensor, torch.zeros_like(tensor), multiple=self.trainer.length_multiple
             )
-            batch = make_batch(samples, tensor, advantages, multiple=self.trainer.length_multiple)
         return broadcast_batch(batch, self.platform.device)
 
     def compute_logprobs(self, batch: TrainBatch) -> TrainBatch:
-        """Log-probs and entropies of the policy; the first call sets the entropy anchor.
+        """Log-probs and entropies of the policy (and the reference's); the first call sets the entropy anchor.
 
         Raises:
             JobError: vLLM sampled from another policy than the trainer holds.
         """
         with self.timer.stage("logprob"):
             batch = self.trainer.compute_logprobs(batch)
+            if self.trainer.reference is not None:
+                batch = self.trainer.compute_ref_logprobs(batch)
         self._check_logprobs(batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask, "rollout")
         if self.entropy_anchor is None:
-            self.entropy_anchor = self.trainer.masked_entropy(batch)
+            self.entropy_anchor = self.trainer.entropy.measure(batch)
         return batch
+
+    def compute_advantages(self, batch: TrainBatch) -> TrainBatch:
+        """Advantages from rewards, and from the log-probs where a KL is taken from the reward."""
+        return assign_advantages(
+            batch,
+            self.config.grpo,
+            group_size=self.config.rollout.rollout_num_samples,
+            max_response_length=self.config.rollout.rollout_max_response_length,
+        )
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
         with self.timer.stage("train"):
-            metrics = self.trainer.update(batch, self.entropy_anchor)
+            metrics = self.trainer.update(batch, self.entropy_anchor, step=self.step)
         self.step += 1
         return metrics
 
@@ -280,6 +288,11 @@ class Job:
 
     # ---------------------------------------------------------------- record
 
+    @property
+    def _anchor_name(self) -> str:
+        """The anchor is of the entropy that the method acts on: SIREN's masked one, or another."""
+        return "siren/entropy_anchor" if self.trainer.entropy.name == "siren" else "entropy_anchor"
+
     def log(self, batch: TrainBatch, metrics: dict[str, float]) -> None:
         """Write one row of metrics."""
         if not self.is_main:
@@ -292,7 +305,9 @@ class Job:
                 "reward": float(batch.rewards.mean()),
                 "entropy": float(batch.entropy[mask].mean()),
                 "entropy_top_p": float(batch.top_p_entropy[mask].mean()),
-                "siren/entropy_anchor": self.entropy_anchor,
+                "siren/entropy_masked": self.trainer.masked_entropy(batch),
+                self._anchor_name: self.entropy_anchor,
+                **self.sampling_metrics,
                 **metrics,
                 "response_length": tokens / batch.num_responses,
                 "rollout_logprob_diff": float(
@@ -316,6 +331,7 @@ class Job:
                 {
                     "step": self.step,
                     "entropy_anchor": self.entropy_anchor,
+                    "entropy": self.trainer.entropy.state_dict(),
                     "cursor": self.cursor.state_dict() if self.is_main else None,
                     "config": self.config.flat(),
                 },
@@ -324,6 +340,7 @@ class Job:
     def _resume(self) -> None:
         state = load_checkpoint(self.config.run.load / "checkpoints", self.trainer)
         self.step, self.entropy_anchor = state["step"], state["entropy_anchor"]
+        self.trainer.entropy.load_state_dict(state["entropy"])
         if self.is_main:
             self.cursor.load_state_dict(state["cursor"])
 
