@@ -154,9 +154,7 @@ def assign_advantages(
         group_size=group_size,
         normalize_std=options.grpo_normalize_std,
     )
-    return batch.replace(
-        advantages=advantages, token_advantages=advantages.unsqueeze(1) * batch.loss_mask
-    )
+    return batch.replace(advantages=advantages, token_advantages=advantages.unsqueeze(1) * batch.loss_mask)
 
 
 def flat_groups(rewards: Tensor, group_size: int) -> Tensor:

@@ -48,8 +48,8 @@ class TrainBatch:
         rewards, advantages: [N] fp32.
         truncated: [N] bool, the response was cut at the token budget.
         ref_logprobs: [N, S] fp32 of the reference model, 0 where there is none.
-        top_two_gap: [N, S] fp32, log-prob of the likeliest token minus that of the second, of the policy at the
-            start of the step; 0 unless the entropy method asks for it.
+        top_two_gap: [N, S] fp32, log-prob of the likeliest token minus that of the second, of the policy at
+            the start of the step; 0 unless the entropy method asks for it.
         token_advantages: [N, S] fp32, `advantages` after the entropy method's changes.
         token_weights: [N, S] fp32 constants on each token's policy loss: rollout correction and masks.
         entropy_weights: [N, S] fp32 constants by which the entropy method marks positions.

@@ -21,6 +21,7 @@ from typing import Any
 from siren_megatron.method_options import CorrectionOptions, EntropyOptions, GrpoOptions, check_methods
 from siren_megatron.options import REQUIRED, flag, option
 
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     hf_checkpoint: Path = option(REQUIRED, "Hugging Face checkpoint to start from (a directory)", type=Path)
@@ -248,8 +249,8 @@ def _check_batches(config: Config, world_size: int | None) -> None:
     train, rollout, parallel = config.train, config.rollout, config.parallel
     if rollout.rollout_max_response_length >= train.seq_length:
         raise ValueError(
-            f"--rollout-max-response-length {rollout.rollout_max_response_length} leaves no room for a prompt "
-            f"in --seq-length {train.seq_length}"
+            f"--rollout-max-response-length {rollout.rollout_max_response_length} leaves no room for a "
+            f"prompt in --seq-length {train.seq_length}"
         )
     responses = rollout.rollout_batch_size * rollout.rollout_num_samples
     if responses % train.global_batch_size:
@@ -277,8 +278,8 @@ def _check_batches(config: Config, world_size: int | None) -> None:
     per_rank = train.micro_batch_size * (world_size // size)
     if train.global_batch_size % per_rank:
         raise ValueError(
-            f"--micro-batch-size {train.micro_batch_size} x {world_size // size} data-parallel rank(s) does not "
-            f"divide --global-batch-size {train.global_batch_size}"
+            f"--micro-batch-size {train.micro_batch_size} x {world_size // size} data-parallel rank(s) does "
+            f"not divide --global-batch-size {train.global_batch_size}"
         )
 
 
@@ -322,11 +323,11 @@ def _check_architecture(config: Config, architecture: dict[str, Any]) -> None:
             pp,
         ),
     }
-    for key, (value, flag, size) in divided.items():
+    for key, (value, option_flag, size) in divided.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"--hf-checkpoint: config.json has no positive {key}")
         if value % size:
-            raise ValueError(f"{flag} {size} does not divide the model's {key} {value}")
+            raise ValueError(f"{option_flag} {size} does not divide the model's {key} {value}")
     limit = architecture.get("max_position_embeddings", config.train.seq_length)
     if config.train.seq_length > limit:
         raise ValueError(

@@ -1,8 +1,8 @@
 """Rollout correction: weights for tokens that another engine sampled than the one that trains.
 
-Legend: N = responses of a rollout, S = positions. The rollout engine and the trainer hold the same weights but
-not the same kernels: in bf16 their log-probs differ by 0.01 to 0.1 nats a token. Tokens were drawn from the
-engine's distribution, so their policy gradient wants the weight w = p_trainer / p_engine.
+Legend: N = responses of a rollout, S = positions. The rollout engine and the trainer hold the same weights
+but not the same kernels: in bf16 their log-probs differ by 0.01 to 0.1 nats a token. Tokens were drawn from
+the engine's distribution, so their policy gradient wants the weight w = p_trainer / p_engine.
 Every rank holds all N responses: weights and metrics, the largest ratio included, are the same in any layout.
 """
 
@@ -36,9 +36,9 @@ def rollout_correction(
 
     Returns:
         (weights [N, S] fp32, 0 outside loss_mask;
-        metrics "rollout_ratio/mean", ".../max" and ".../effective_samples" — (sum w)² / (n · sum w²) over tokens
-        or responses, 1 = no loss of samples — before any bound, "rollout_ratio/kl" — k3 estimate of
-        KL(engine || trainer) in nats a token — and "rollout_ratio/bounded", the share that the bounds touch).
+        metrics, before any bound: "rollout_ratio/mean" and "/max" of w, "/effective_samples" =
+        (sum w)² / (n sum w²) over tokens or responses (1 = as good as n samples), "/kl" = k3 estimate of
+        KL(engine || trainer) in nats a token, and "/bounded" = the share that the bounds touch).
 
     References: truncated importance sampling: Ionides 2008, and Yao et al. 2025, "Your efficient RL framework
     secretly brings you off-policy RL training"; token masks: IcePop, arXiv 2510.18855, section 3.

@@ -15,8 +15,8 @@ LIMIT = 20.0
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """KL of each token: k1 = -x, k2 = x² / 2, k3 = e^x - 1 - x.
 
-    k1 and k3 have the KL as their mean under the policy. As a term of a loss, on policy, k2 has the gradient of
-    KL(policy || reference), k3 that of KL(reference || policy), and k1's has mean 0 (docs/methods.md).
+    k1 and k3 have the KL as their mean under the policy. As a term of a loss, on policy, k2 has the gradient
+    of KL(policy || reference), k3 that of KL(reference || policy), and k1's has mean 0 (docs/methods.md).
 
     Args:
         logprobs: [...] of the policy.

@@ -1,7 +1,7 @@
 """What an entropy method carries from step to step: coefficient, random numbers, and the plan of each step.
 
-Legend: N = responses of an optimizer step (over all ranks), S = positions. All of it is computed alike on every
-rank from the whole step's tensors, so it needs no collective and does not depend on the layout.
+Legend: N = responses of an optimizer step (over all ranks), S = positions. All of it is computed alike on
+every rank from the whole step's tensors, so it needs no collective and does not depend on the layout.
 """
 
 from __future__ import annotations
@@ -80,7 +80,11 @@ class EntropyControl:
         """The coefficient at a rollout step (counted from 0)."""
         options = self.options
         return scheduled_coeff(
-            self._coeff, options.entropy_coeff_final or 0.0, options.entropy_coeff_schedule, step, self.num_steps
+            self._coeff,
+            options.entropy_coeff_final or 0.0,
+            options.entropy_coeff_schedule,
+            step,
+            self.num_steps,
         )
 
     def needs_refresh(self, index: int) -> bool:
@@ -89,7 +93,9 @@ class EntropyControl:
 
     def measure(self, batch: TrainBatch) -> float:
         """H: what the method regularises, in nats, from the log-prob pass; its first value is the anchor."""
-        return self._mean_entropy(batch, self._plan(batch, batch, 0, 0, self._coeff, batch.loss_mask).entropy_weights)
+        return self._mean_entropy(
+            batch, self._plan(batch, batch, 0, 0, self._coeff, batch.loss_mask).entropy_weights
+        )
 
     def _mean_entropy(self, batch: TrainBatch, weights: torch.Tensor | None) -> float:
         if weights is None:

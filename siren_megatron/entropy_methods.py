@@ -4,8 +4,8 @@ Legend: N = responses of an optimizer step (over all ranks), B = responses of a 
 h_i = the mean entropy of response i that a method acts on, H = mean of h_i over the N responses, in nats.
 
 A method acts at up to three places, each a pure function:
-- `plan` sees the whole optimizer step, the same on every rank: it may change advantages, take tokens out of the
-  policy gradient, or mark positions. So a choice of "k of N tokens" is the same in every layout;
+- `plan` sees the whole optimizer step, the same on every rank: it may change advantages, take tokens out of
+  the policy gradient, or mark positions. So a choice of "k of N tokens" is the same in every layout;
 - `penalty` is a function of H. Its gradient slope(H)·sum_i grad h_i / N, slope a constant of the step, is a
   plain sum over responses, and so the same in every layout, too. `loss` is any other term with a gradient;
 - `next_coeff` gives the coefficient of the next optimizer step.
@@ -29,8 +29,8 @@ class StepInputs:
     """The whole optimizer step as a method's `plan` sees it: no gradients, the same on every rank.
 
     Args:
-        logprobs, entropy, top_p_entropy, top_two_gap: [N, S] of the policy: of the log-prob pass, or, where it
-            was refreshed, of the pass just before this optimizer step.
+        logprobs, entropy, top_p_entropy, top_two_gap: [N, S] of the policy: of the log-prob pass, or, where
+            it was refreshed, of the pass just before this optimizer step.
         loss_mask: [N, S] bool, the positions of the responses.
         advantages: [N, S], the response's at each of its tokens.
         clipped: [N, S] bool, the clip of the policy loss leaves no gradient.
@@ -119,7 +119,7 @@ def both_masks(entropy: Tensor, top_p_entropy: Tensor, loss_mask: Tensor, weight
 
 
 def soft_mask(entropy: Tensor, top_p_entropy: Tensor, loss_mask: Tensor, weights: Tensor, options) -> Tensor:
-    """h_i = mean of the top-p entropy over the response, weighted by the plan's soft mask; 0 without weight."""
+    """h_i = mean of the top-p entropy of the response, weighted by the plan's soft mask; 0 without weight."""
     weights = torch.where(loss_mask, weights, torch.zeros_like(weights))
     total = weights.sum(dim=1)
     return (weights * top_p_entropy).sum(dim=1) / torch.where(total > 0, total, torch.ones_like(total))
@@ -254,9 +254,7 @@ def entropy_advantage(inputs: StepInputs) -> StepPlan:
     limit = inputs.advantages.abs() / inputs.options.entropy_advantage_kappa
     added = torch.minimum(inputs.coeff * inputs.entropy, limit) * inputs.loss_mask
     mean = added.double().sum() / inputs.loss_mask.sum().clamp(min=1)
-    return StepPlan(
-        advantages=inputs.advantages + added, metrics={"entropy-advantage/bonus": float(mean)}
-    )
+    return StepPlan(advantages=inputs.advantages + added, metrics={"entropy-advantage/bonus": float(mean)})
 
 
 def high_entropy_tokens(inputs: StepInputs) -> StepPlan:
@@ -290,7 +288,7 @@ def marked_kl(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def ascend(coeff: float, entropy: float, target: float, rate: float) -> float:
-    """max(0, coeff + rate·(target - H)): projected gradient ascent of coeff·(target - H) in the coefficient."""
+    """max(0, coeff + rate·(target - H)): projected gradient ascent of coeff·(target - H) in coeff."""
     return max(0.0, coeff + rate * (target - entropy))
 
 

@@ -92,7 +92,12 @@ def clipped_surrogate(
 
 
 def clip_ratio(
-    ratio: Tensor, advantages: Tensor, *, clip_ratio_low: float, clip_ratio_high: float, dual_clip: float = 0.0
+    ratio: Tensor,
+    advantages: Tensor,
+    *,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    dual_clip: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The surrogate of `clipped_surrogate` from a ratio [B, S]."""
     plain = -ratio * advantages
@@ -127,9 +132,14 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) ->
 
 
 def clipped_importance(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_ratio_low: float, clip_ratio_high: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
 ) -> tuple[Tensor, Tensor]:
-    """CISPO: -stopgrad(clip(r, 1 - low, 1 + high))·A·logprobs: the weight is clipped, no token's gradient lost.
+    """CISPO: -stopgrad(clip(r, 1 - low, 1 + high))·A·logprobs: weights are clipped, no gradient is lost.
 
     Args and returns: as `clipped_surrogate`; "clipped" marks tokens whose weight the clip changed.
 
@@ -177,8 +187,8 @@ def policy_loss(
         ref_logprobs: [B, S] of the reference, needed for kl_coeff > 0.
 
     Returns:
-        (loss, {"loss/policy", "clip_fraction", "kl_old_new"[, "loss/kl", "kl_ref"]}): scalars that add up over
-        micro-batches and ranks. kl_old_new is the k3 estimate of KL(old || new), in nats a token
+        (loss, {"loss/policy", "clip_fraction", "kl_old_new"[, "loss/kl", "kl_ref"]}): scalars that add up
+        over micro-batches and ranks. kl_old_new is the k3 estimate of KL(old || new), in nats a token
         (http://joschu.net/blog/kl-approx.html); kl_ref is that of --grpo-kl-estimator.
     """
     old_logprobs = torch.where(loss_mask, old_logprobs, logprobs.detach())

@@ -35,7 +35,7 @@ ROLLOUT_CORRECTIONS = ("none", "token-truncate", "sequence-truncate", "token-mas
 class GrpoOptions:
     grpo_policy_loss: str = option(
         "ppo",
-        "ppo: clipped token ratio; gspo: clipped ratio of the whole response; cispo: clipped weight on log-prob",
+        "ppo: clipped token ratio; gspo: clipped ratio of the response; cispo: clipped weight on log-prob",
         choices=POLICY_LOSSES,
     )
     grpo_clip_ratio_low: float = option(
@@ -49,8 +49,8 @@ class GrpoOptions:
     )
     grpo_advantage_estimator: str = option(
         "grpo",
-        "grpo: reward - group mean; dr-grpo: the same, never divided by the deviation; rloo: reward - mean of "
-        "the others; reinforce++-baseline: reward - group mean, whitened over the rollout's tokens",
+        "grpo: reward - group mean; dr-grpo: the same, never divided by the deviation; rloo: reward - mean "
+        "of the others; reinforce++-baseline: reward - group mean, whitened over the rollout's tokens",
         choices=ADVANTAGE_ESTIMATORS,
     )
     grpo_normalize_std: bool = option(False, "divide advantages by the group's standard deviation (GRPO)")
@@ -61,7 +61,9 @@ class GrpoOptions:
     )
     grpo_epochs: int = option(1, "passes over one rollout's responses", minimum=1)
     grpo_kl_coeff: float = option(
-        0.0, "weight of the KL divergence from the initial policy; 0 = none, and no reference model", minimum=0
+        0.0,
+        "weight of the KL divergence from the initial policy; 0 = none, and no reference model",
+        minimum=0,
     )
     grpo_kl_estimator: str = option(
         "k3", "estimator of that KL: k1 = log-ratio, k2 = its square / 2, k3", choices=("k1", "k2", "k3")
@@ -76,7 +78,9 @@ class GrpoOptions:
         10, "extra generation rounds a step; what is missing then stays as it was", minimum=1
     )
     grpo_overlong_buffer: int = option(
-        0, "tokens before the maximum response length over which a length penalty grows (DAPO); 0 = none", minimum=0
+        0,
+        "tokens before the maximum response length over which a length penalty grows (DAPO); 0 = none",
+        minimum=0,
     )
     grpo_overlong_penalty: float = option(1.0, "largest length penalty, in units of reward", above=0)
     grpo_mask_truncated: bool = option(
@@ -135,8 +139,8 @@ class EntropyOptions:
     entropy_cov_high: float = option(5.0, "clip-cov: upper bound of the covariance of chosen tokens")
     entropy_refresh: bool = option(
         False,
-        "one more forward pass before every optimizer step but a rollout's first, so that what a method takes "
-        "from the whole step is of the current policy (clip-cov and kl-cov always do)",
+        "one more forward pass before every optimizer step but a rollout's first, so that what a method "
+        "takes from the whole step is of the current policy (clip-cov and kl-cov always do)",
     )
     siren_peak_quantile: float = option(
         0.8, "quantile of a response's entropies above which positions count; 0 = all positions", minimum=0
@@ -153,8 +157,8 @@ class EntropyOptions:
 class CorrectionOptions:
     rollout_correction: str = option(
         "none",
-        "weights against the difference of rollout engine and trainer: ratios of tokens or of whole responses, "
-        "cut at the bound (truncate) or dropped outside the bounds (mask)",
+        "weights against the difference of rollout engine and trainer: ratios of tokens or of whole "
+        "responses, cut at the bound (truncate) or dropped outside the bounds (mask)",
         choices=ROLLOUT_CORRECTIONS,
     )
     rollout_correction_max: float = option(2.0, "largest ratio", minimum=1)
@@ -182,7 +186,12 @@ _WITHOUT_COEFF = ("none", "high-entropy-tokens", "clip-cov")
 
 
 def check_methods(
-    grpo: GrpoOptions, entropy: EntropyOptions, correction: CorrectionOptions, *, group_size: int, max_response: int
+    grpo: GrpoOptions,
+    entropy: EntropyOptions,
+    correction: CorrectionOptions,
+    *,
+    group_size: int,
+    max_response: int,
 ) -> None:
     """Refuse options of the losses that contradict each other; one option that does nothing is one, too.
 
@@ -236,11 +245,12 @@ def _check_grpo(grpo: GrpoOptions, group_size: int, max_response: int) -> None:
         )
     if grpo.grpo_overlong_penalty != 1.0 and grpo.grpo_overlong_buffer == 0:
         raise ValueError(
-            f"--grpo-overlong-penalty {grpo.grpo_overlong_penalty} has no meaning with --grpo-overlong-buffer 0"
+            f"--grpo-overlong-penalty {grpo.grpo_overlong_penalty} has no meaning with "
+            "--grpo-overlong-buffer 0"
         )
     if grpo.grpo_overlong_buffer and grpo.grpo_mask_truncated:
         raise ValueError(
-            "--grpo-overlong-buffer penalises long responses, --grpo-mask-truncated leaves them out: choose one"
+            "--grpo-overlong-buffer penalises long responses, --grpo-mask-truncated drops them: choose one"
         )
 
 
@@ -250,7 +260,9 @@ def _check_entropy(entropy: EntropyOptions) -> None:
         if getattr(entropy, name) >= 1:
             raise ValueError(f"{flag(name)} must be less than 1 (no position would count)")
     if entropy.entropy_coeff and method in _WITHOUT_COEFF:
-        raise ValueError(f"--entropy-coeff {entropy.entropy_coeff} has no meaning with --entropy-method {method}")
+        raise ValueError(
+            f"--entropy-coeff {entropy.entropy_coeff} has no meaning with --entropy-method {method}"
+        )
     if entropy.entropy_coeff_schedule != "constant" and method in (
         *_WITHOUT_COEFF,
         "adaptive",
@@ -258,8 +270,8 @@ def _check_entropy(entropy: EntropyOptions) -> None:
     ):
         why = "has no coefficient" if method in _WITHOUT_COEFF else "sets the coefficient itself"
         raise ValueError(
-            f"--entropy-coeff-schedule {entropy.entropy_coeff_schedule} contradicts --entropy-method {method}, "
-            f"which {why}"
+            f"--entropy-coeff-schedule {entropy.entropy_coeff_schedule} contradicts "
+            f"--entropy-method {method}, which {why}"
         )
     if entropy.entropy_cov_low >= entropy.entropy_cov_high:
         raise ValueError(
@@ -270,6 +282,8 @@ def _check_entropy(entropy: EntropyOptions) -> None:
         if entropy.siren_anchor_estimate == "microbatch":
             raise ValueError("--siren-anchor-estimate microbatch has no meaning with --no-siren-anchor")
         if entropy.entropy_target is not None:
-            raise ValueError(f"--entropy-target {entropy.entropy_target} has no meaning with --no-siren-anchor")
+            raise ValueError(
+                f"--entropy-target {entropy.entropy_target} has no meaning with --no-siren-anchor"
+            )
     if entropy.entropy_refresh and entropy.siren_anchor_estimate == "microbatch":
         raise ValueError("--entropy-refresh has no meaning with --siren-anchor-estimate microbatch")

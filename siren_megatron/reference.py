@@ -12,8 +12,8 @@ from torch import Tensor
 class ReferenceWeights:
     """A second set of this rank's weights that takes the policy's place for a forward pass.
 
-    The model, its layout and its schedule stay as they are; only the values in the parameters change. On CUDA the
-    device never holds both sets: the policy waits on the CPU meanwhile, bit for bit.
+    The model, its layout and its schedule stay as they are; only the values in the parameters change. On CUDA
+    the device never holds both sets: the policy waits on the CPU meanwhile, bit for bit.
 
     Args:
         parameters: this rank's parameters, which hold the reference now.

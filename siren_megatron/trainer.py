@@ -1,7 +1,7 @@
 """The policy on megatron-core: log-prob pass, update, and the one block that holds all loss scaling.
 
-Legend: N = responses of an optimizer step (over all ranks), B = responses of a micro-batch, S = padded length,
-T = response tokens of a micro-batch, V = vocabulary, tp = tensor-parallel size.
+Legend: N = responses of an optimizer step (over all ranks), B = responses of a micro-batch, S = padded
+length, T = response tokens of a micro-batch, V = vocabulary, tp = tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class Trainer:
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
-        self.entropy = EntropyControl(config.entropy, num_steps=config.train.num_steps, seed=config.train.seed)
+        self.entropy = EntropyControl(
+            config.entropy, num_steps=config.train.num_steps, seed=config.train.seed
+        )
         self.policy_options = _policy_loss_options(config)
         # Before a checkpoint of the run is loaded: the reference is the policy that --hf-checkpoint holds.
         self.reference = ReferenceWeights(self.model.parameters()) if config.grpo.grpo_kl_coeff else None
@@ -187,7 +189,7 @@ class Trainer:
             return batch.replace(ref_logprobs=self._collect(batch, collect, 1)[0])
 
     def _collect(self, batch: TrainBatch, collect: Any, count: int) -> Tensor:
-        """A forward pass over all rows: what `collect` returns for each micro-batch, [count, N, S] everywhere."""
+        """A forward pass over all rows: what `collect` returns, [count, N, S] on every rank."""
         rows = self._rows_of_this_rank(batch.num_responses)
         outputs = self._run_schedule(batch, rows, collect, forward_only=True, collect_non_loss_data=True)
         values = torch.zeros(count, *batch.tokens.shape, device=self.device)
@@ -254,7 +256,9 @@ class Trainer:
             index: optimizer steps taken on this rollout before this one.
         """
         batch = batch.trimmed(self.length_multiple)
-        scale = LossScale(batch.num_responses, batch.num_tokens, self.config.rollout.rollout_max_response_length)
+        scale = LossScale(
+            batch.num_responses, batch.num_tokens, self.config.rollout.rollout_max_response_length
+        )
         now = self.compute_logprobs(batch) if self.entropy.needs_refresh(index) else batch
         batch, entropy_step, step_metrics = self.entropy.begin(
             batch, now, anchor=entropy_anchor, step=step, index=index, policy_options=self.policy_options

@@ -10,9 +10,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def vocab_parallel_top_two_gap(
-    vocab_parallel_logits: Tensor, *, vocab_size: int, tp_group=None
-) -> Tensor:
+def vocab_parallel_top_two_gap(vocab_parallel_logits: Tensor, *, vocab_size: int, tp_group=None) -> Tensor:
     """log p of the likeliest token minus log p of the second: the difference of the two largest logits.
 
     Args:
