@@ -66,7 +66,7 @@ def rollout_correction(
         "rollout_ratio/effective_samples": float(
             counted.sum().square() / (counted.numel() * counted.square().sum())
         ),
-        "rollout_ratio/kl": float((x.exp() - 1 - x).mean()),
+        "rollout_ratio/kl": float((x.expm1() - x).mean()),
         "rollout_ratio/bounded": float(bounded.double().mean()),
     }
     return (weights * loss_mask).float(), metrics

@@ -34,7 +34,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
     if estimator == "k2":
         return x.square() / 2
     if estimator == "k3":
-        return x.exp() - 1 - x
+        return x.expm1() - x
     raise ValueError(f"--grpo-kl-estimator {estimator} is unknown")
 
 

@@ -264,6 +264,12 @@ def high_entropy_tokens(inputs: StepInputs) -> StepPlan:
     return StepPlan(keep=keep, metrics={"high-entropy-tokens/kept": float(share)})
 
 
+def count_peaks(inputs: StepInputs) -> StepPlan:
+    """SIREN takes its masks from the forward pass; here they are only counted."""
+    mask = peak_entropy_mask(inputs.top_p_entropy, inputs.loss_mask, inputs.options.siren_peak_quantile)
+    return StepPlan(metrics={"siren/positions_per_response": float(mask.sum()) / mask.size(0)})
+
+
 def competition_mask(inputs: StepInputs) -> StepPlan:
     """PAEC's soft mask as built here: w_t = (1 - e^-H_t)·e^-g_t, H_t top-p entropy, g_t top-two gap.
 
@@ -342,7 +348,12 @@ ENTROPY_METHODS: dict[str, EntropyMethod] = {
         "arXiv 2505.22617, section 4.3", 1.0, plan=kl_covariance, loss=marked_kl, always_refresh=True
     ),
     "siren": EntropyMethod(
-        "arXiv 2509.25133", 0.005, regularised=both_masks, penalty=anchor_or_bonus, uses_top_p=True
+        "arXiv 2509.25133",
+        0.005,
+        regularised=both_masks,
+        penalty=anchor_or_bonus,
+        plan=count_peaks,
+        uses_top_p=True,
     ),
     "entropy-constraint": EntropyMethod(
         "arXiv 1812.05905 (soft actor-critic), section 5; on SIREN's masks: ours",

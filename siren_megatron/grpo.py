@@ -203,7 +203,7 @@ def policy_loss(
         metrics = {
             "loss/policy": loss.detach(),
             "clip_fraction": (clipped & loss_mask).sum() / tokens,
-            "kl_old_new": ((x.exp() - 1 - x) * loss_mask).sum() / tokens,
+            "kl_old_new": ((x.expm1() - x) * loss_mask).sum() / tokens,
         }
     if options.kl_coeff:
         ref_logprobs = torch.where(loss_mask, ref_logprobs, logprobs.detach())
