@@ -53,6 +53,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["siren_megatron", "siren_megatron.*"]),
+    package_data={"siren_megatron.vocab_parallel": ["csrc/*"]},  # compiled on first use
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     classifiers=[

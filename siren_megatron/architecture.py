@@ -88,7 +88,9 @@ class Architecture:
         names = hf_config.get("architectures")
         known = [n for n in names if n in TABLES] if isinstance(names, list) else []
         if not known:
-            raise ValueError(f"architecture {names or 'unknown'} is not supported (known: {', '.join(TABLES)})")
+            raise ValueError(
+                f"architecture {names or 'unknown'} is not supported (known: {', '.join(TABLES)})"
+            )
         name = known[0]
         _refuse_variants(hf_config)
         heads = _positive(hf_config, "num_attention_heads")
@@ -163,7 +165,9 @@ class Architecture:
                     for expert in range(self.experts) if rule.per_expert else (None,):
                         yield Parameter(key, layer, expert, rule)
         for parameter in ends:
-            if parameter.key.startswith("embedding.") or (parameter.key == "output_layer.weight" and self.tied):
+            if parameter.key.startswith("embedding.") or (
+                parameter.key == "output_layer.weight" and self.tied
+            ):
                 continue
             yield parameter
 
@@ -270,7 +274,9 @@ def _experts(hf_config: dict[str, Any]) -> dict[str, Any]:
     if per_token > experts:
         raise ValueError(f"num_experts_per_tok {per_token} exceeds num_experts {experts}")
     if per_token == 1 and normalise:
-        raise ValueError("norm_topk_prob with num_experts_per_tok 1 is not supported: the router gets no gradient")
+        raise ValueError(
+            "norm_topk_prob with num_experts_per_tok 1 is not supported: the router gets no gradient"
+        )
     return {
         "experts": experts,
         "experts_per_token": per_token,

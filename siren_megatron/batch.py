@@ -92,7 +92,9 @@ class TrainBatch:
         return TrainBatch(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
 
 
-def make_batch(samples: Sequence[Sample], rewards: Tensor, advantages: Tensor, *, multiple: int) -> TrainBatch:
+def make_batch(
+    samples: Sequence[Sample], rewards: Tensor, advantages: Tensor, *, multiple: int
+) -> TrainBatch:
     """Samples as padded tensors; log-probs and entropies of the policy are zero until the log-prob pass.
 
     Args:

@@ -103,7 +103,9 @@ class GrpoOptions:
 class EntropyOptions:
     entropy_method: str = option("siren", "entropy regulariser", choices=("none", "siren"))
     entropy_coeff: float = option(0.005, "beta, weight of the entropy term", minimum=0)
-    entropy_top_p: float = option(0.8, "mass of the top-p mask over the vocabulary; 1 = all", above=0, maximum=1)
+    entropy_top_p: float = option(
+        0.8, "mass of the top-p mask over the vocabulary; 1 = all", above=0, maximum=1
+    )
     entropy_top_p_boundary: str = option(
         "inclusive",
         "whether the token that crosses the mass is in the mask",
@@ -285,9 +287,8 @@ def check(config: Config, world_size: int | None = None) -> None:
         ValueError: one line that names the option.
     """
     _check_bounds(config)
+    _check_architecture(config, read_hf_config(config.model.hf_checkpoint))
     _check_batches(config, world_size)
-    architecture = read_hf_config(config.model.hf_checkpoint)
-    _check_architecture(config, architecture)
     _check_files(config)
 
 

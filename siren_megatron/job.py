@@ -15,7 +15,7 @@ import torch.distributed as dist
 from siren_megatron import grpo
 from siren_megatron.batch import Sample, TrainBatch, broadcast_batch, make_batch
 from siren_megatron.checkpoint import load_checkpoint, save_checkpoint
-from siren_megatron.config import Config, check, read_hf_config
+from siren_megatron.config import Config, read_hf_config
 from siren_megatron.metrics import MetricsLogger, StageTimer
 from siren_megatron.platform import Platform, init_process_group
 from siren_megatron.prompts import Prompt, PromptCursor, load_prompts, load_tokenizer
@@ -78,7 +78,6 @@ class Job:
     def _build(self) -> None:
         config = self.config
         init_process_group(self.platform, config.parallel.distributed_timeout_minutes * 60)
-        check(config, dist.get_world_size())
         self.is_main = dist.get_rank() == 0
         self.hf_config = read_hf_config(config.model.hf_checkpoint)
         if self.is_main:
@@ -264,7 +263,9 @@ class Job:
             batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask, "weight update"
         )
 
-    def _check_logprobs(self, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor, when: str) -> float:
+    def _check_logprobs(
+        self, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor, when: str
+    ) -> float:
         """Every rank holds the same tensors, so all of them stop together."""
         difference = (ours - theirs).abs()[mask]
         mean, largest = float(difference.mean()), float(difference.max())
@@ -293,7 +294,9 @@ class Job:
                 "siren/entropy_anchor": self.entropy_anchor,
                 **metrics,
                 "response_length": tokens / batch.num_responses,
-                "rollout_logprob_diff": float((batch.old_logprobs - batch.rollout_logprobs).abs()[mask].max()),
+                "rollout_logprob_diff": float(
+                    (batch.old_logprobs - batch.rollout_logprobs).abs()[mask].max()
+                ),
                 "weight_sync_logprob_diff": self.weight_sync_diff,
                 "reward_timeouts": self.reward_result.num_timeouts,
                 "reward_errors": self.reward_result.num_errors,

@@ -50,7 +50,9 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape and dtype."""
-        return torch.nn.functional.rms_norm(x.float(), (x.size(-1),), self.weight.float(), self.eps).to(x.dtype)
+        return torch.nn.functional.rms_norm(x.float(), (x.size(-1),), self.weight.float(), self.eps).to(
+            x.dtype
+        )
 
 
 class CausalAttention(torch.nn.Module):
@@ -119,9 +121,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
         stretched = torch.where(
             wavelength > rope.original_length / rope.low_freq_factor, frequencies / rope.factor, blend
         )
-        return torch.where(
-            wavelength < rope.original_length / rope.high_freq_factor, frequencies, stretched
-        )
+        return torch.where(wavelength < rope.original_length / rope.high_freq_factor, frequencies, stretched)
     assert rope.kind == "default", rope.kind
     return frequencies
 

@@ -139,7 +139,14 @@ def _point_cuda_at_cpu() -> None:
     cuda.current_device = lambda: cpu
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
-    for name in ("manual_seed", "manual_seed_all", "set_rng_state", "synchronize", "set_device", "empty_cache"):
+    for name in (
+        "manual_seed",
+        "manual_seed_all",
+        "set_rng_state",
+        "synchronize",
+        "set_device",
+        "empty_cache",
+    ):
         setattr(cuda, name, _nothing())
     cuda.random.set_rng_state, cuda.random.manual_seed = _nothing(), _nothing()
     cuda.Stream = cuda.Event = _NullStream

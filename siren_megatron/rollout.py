@@ -106,8 +106,7 @@ class RolloutClient:
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p is {top_p}; it has to be in (0, 1]")
         for index, prompt in enumerate(prompts):
-            if len(prompt) == 0:
-                raise ValueError(f"prompt {index} is empty")
+            self._check_prompt(index, prompt, max_tokens)
         common = {
             "model": self._model,
             "n": num_samples,
@@ -121,6 +120,23 @@ class RolloutClient:
             "return_tokens_as_token_ids": True,
         }
         return asyncio.run(self._generate([list(prompt) for prompt in prompts], common, seed, on_group))
+
+    def _check_prompt(self, index: int, prompt: Sequence[int], max_tokens: int) -> None:
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {index} is empty")
+        if self._server is None:
+            return
+        # vLLM would lower max_tokens silently, and the response look as if it had used up its budget.
+        longest = self._server.options.max_model_len
+        if len(prompt) + max_tokens > longest:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens; with max_tokens {max_tokens} it does not fit, "
+                f"the server's max_model_len is {longest}"
+            )
+        # A server without a tokenizer does not look, and such a token kills its engine.
+        vocab_size = self._server.vocab_size
+        if min(prompt) < 0 or (vocab_size is not None and max(prompt) >= vocab_size):
+            raise ValueError(f"prompt {index} has a token outside the vocabulary, 0 to {vocab_size} - 1")
 
     async def _generate(
         self,
@@ -182,7 +198,7 @@ class RolloutClient:
             finally:
                 for task in [*tasks, watcher]:
                     task.cancel()
-                await asyncio.gather(*tasks, watcher, return_exceptions=True)
+                await asyncio.gather(work, watcher, return_exceptions=True)
         return groups
 
     def _log_hint(self) -> str:

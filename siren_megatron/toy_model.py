@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers.utils import logging
 
 from siren_megatron import countdown
 from siren_megatron.countdown import END_OF_TEXT
@@ -40,6 +42,17 @@ CHATML_TEMPLATE = (
     "{%- endif %}"
 )
 WARM_UP_LINEAR_STEPS = 50
+
+
+@contextmanager
+def fixed_threads(num_threads: int = 2) -> Iterator[None]:
+    """Compute with this many threads whatever the machine has: the order of sums decides the last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def countdown_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -225,12 +238,14 @@ def evaluate(
     generator = torch.Generator().manual_seed(seed)
     model.eval()
     responses: list[list[int]] = []
-    for rows in torch.tensor(tokenizer(prompts)["input_ids"]).split(2048):
+    for tokens in torch.tensor(tokenizer(prompts)["input_ids"]).split(2048):  # [B, P]
+        sampled, cache = [], None
         for _ in range(countdown.RESPONSE_WORDS + 1):
-            logits = model(rows, use_cache=False, logits_to_keep=1).logits[:, -1]
-            sampled = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-            rows = torch.cat((rows, sampled), dim=1)
-        responses += rows[:, countdown.PROMPT_TOKENS :].tolist()
+            outputs = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = outputs.past_key_values
+            tokens = torch.multinomial(outputs.logits[:, -1].softmax(-1), 1, generator=generator)
+            sampled.append(tokens)
+        responses += torch.cat(sampled, dim=1).tolist()
     right = torch.tensor(
         [
             response[-1] == tokenizer.eos_token_id
@@ -247,7 +262,13 @@ def evaluate(
 def save_checkpoint(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """Write config.json, model.safetensors, generation_config.json and the tokenizer's files."""
     tokenizer.model_max_length = model.config.max_position_embeddings
-    model.save_pretrained(directory)
+    bars_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # one for a file of a megabyte
+    try:
+        model.save_pretrained(directory)
+    finally:
+        if bars_shown:
+            logging.enable_progress_bar()
     tokenizer.save_pretrained(directory)
     # safetensors leaves its file readable by the owner alone, whatever the umask.
     umask = os.umask(0)

@@ -212,6 +212,7 @@ class RolloutServer:
         url: "http://host:port".
         name: the model's name in requests, random, so that another server on the same port is noticed.
         transfer_dir: private directory for weight updates, removed with the server.
+        vocab_size: size of the model's vocabulary; None when its config.json does not say.
     """
 
     def __init__(
@@ -228,6 +229,7 @@ class RolloutServer:
         self.url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
         self.name = name
         self.transfer_dir = transfer_dir
+        self.vocab_size = json.loads((options.model / "config.json").read_text()).get("vocab_size")
         self._process = process
         self._held_fds = held_fds
         self._log_offset = log_offset

@@ -27,14 +27,14 @@ from siren_megatron import countdown  # noqa: E402
 from siren_megatron.prompts import data_fingerprint, read_jsonl_field  # noqa: E402
 
 RECIPE_FILE = "toy_checkpoint.json"
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 
 
 def build_countdown_checkpoint(
     output: str | os.PathLike[str],
     *,
     seed: int = 1234,
-    steps: int = 1000,
+    steps: int = 1100,
     batch_size: int = 128,
     learning_rate: float = 2e-3,
     noise: float = 0.01,
@@ -99,18 +99,19 @@ def build_countdown_checkpoint(
             max_position_embeddings=64,
             seed=seed,
         )
-        loss = toy_model.warm_up(
-            model,
-            tokenizer,
-            training,
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            noise=noise,
-            seed=seed,
-            quiet=quiet,
-        )
-        results = toy_model.evaluate(model, tokenizer, held_out, num_samples=num_eval_samples, seed=seed)
+        with toy_model.fixed_threads():
+            loss = toy_model.warm_up(
+                model,
+                tokenizer,
+                training,
+                steps=steps,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                noise=noise,
+                seed=seed,
+                quiet=quiet,
+            )
+            results = toy_model.evaluate(model, tokenizer, held_out, num_samples=num_eval_samples, seed=seed)
         toy_model.save_checkpoint(model, tokenizer, directory)
         return {"loss": loss, **results}
 
@@ -185,17 +186,20 @@ def _build_once(
 ) -> dict[str, Any]:
     """Reuse ``output`` when it was built by the same recipe; else build beside it and rename."""
     recipe = {"version": RECIPE_VERSION, **recipe}
-    if output.exists() and not overwrite:
-        saved = _read_recipe(output)
+    saved = _read_recipe(output)
+    if output.exists() and not saved and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not a checkpoint of this tool: give another --output")
+    if saved and not overwrite:
         differing = [key for key in recipe if saved.get(key) != recipe[key]]
         if not differing:
             if not quiet:
                 print(f"{output}: already built with these arguments, reused (--overwrite rebuilds it)")
             return saved
-        what = f"built otherwise ({', '.join(differing)})" if saved else "not a checkpoint of this tool"
-        raise ValueError(f"{output} exists and is {what}: give --overwrite or another --output")
-    if output.exists() and not _read_recipe(output) and any(output.iterdir()):
-        raise ValueError(f"{output} is not a checkpoint of this tool: not overwritten, remove it yourself")
+        if differing != ["version"]:  # an older version of this tool built it: built anew
+            raise ValueError(
+                f"{output} exists and was built otherwise ({', '.join(differing)}): "
+                "give --overwrite or another --output"
+            )
 
     output.parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
@@ -252,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     task = add("countdown", "warmed up on the Countdown task, with its prompts")
     task.add_argument("--num-layers", type=int, default=3)
     task.add_argument("--vocab-size", type=int, default=1024, help="the task itself uses 108 tokens")
-    task.add_argument("--steps", type=int, default=1000, help="steps of the supervised warm-up")
+    task.add_argument("--steps", type=int, default=1100, help="steps of the supervised warm-up")
     task.add_argument("--batch-size", type=int, default=128, help="sequences per warm-up step")
     task.add_argument("--learning-rate", type=float, default=2e-3, help="of the warm-up's AdamW")
     task.add_argument("--noise", type=float, default=0.01, help="share of targets replaced by uniform tokens")

@@ -117,7 +117,9 @@ def boxes(rule: Rule, architecture: Architecture, tp: int, rank: int) -> list[Bo
 
 def _share(size: int, tp: int, rule: Rule) -> int:
     if size % tp:
-        raise ValueError(f"{tp} tensor ranks do not divide the {size} rows or heads of {rule.sources[0].name}")
+        raise ValueError(
+            f"{tp} tensor ranks do not divide the {size} rows or heads of {rule.sources[0].name}"
+        )
     return size // tp
 
 

@@ -118,7 +118,9 @@ def read_safetensors_header(path: Path) -> dict[str, FileArray]:
         if not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError(f"{path} has a damaged header: {name}")
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {dtype}, which is not supported (known: {', '.join(DTYPES)})")
+            raise ValueError(
+                f"{path}: {name} has dtype {dtype}, which is not supported (known: {', '.join(DTYPES)})"
+            )
         array = FileArray(path, 8 + length + start, DTYPES[dtype], tuple(shape))
         if stop - start != array.nbytes:
             raise ValueError(f"{path} has a damaged header: {name} has another size than its shape {shape}")

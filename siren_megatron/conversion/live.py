@@ -154,12 +154,16 @@ def iterate_hf_weights(model: Model, hf_config: dict[str, Any]) -> Iterator[tupl
             shards: list[Tensor] = []
             if my_holder == holder.rank:
                 shards = _gather(*local[index])
-            count = 1 if place.rule.cut == "replicated" else parallel_state.get_tensor_model_parallel_world_size()
+            count = (
+                1 if place.rule.cut == "replicated" else parallel_state.get_tensor_model_parallel_world_size()
+            )
             if holder.rank != 0 and rank == holder.rank:
                 for shard in shards:
                     dist.send(shard.contiguous(), dst=0)
             elif holder.rank != 0 and rank == 0:
-                shards = [torch.empty(shape, dtype=dtype, device=torch.cuda.current_device()) for _ in range(count)]
+                shards = [
+                    torch.empty(shape, dtype=dtype, device=torch.cuda.current_device()) for _ in range(count)
+                ]
                 for shard in shards:
                     dist.recv(shard, src=holder.rank)
             if rank == 0:

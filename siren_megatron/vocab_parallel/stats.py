@@ -8,15 +8,11 @@ See docs/vocab_parallel.md for the algorithm and DESIGN.md section 3 for the def
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import torch_engine
-from .radix import radix_select
-from .torch_engine import TOP_K, Nucleus, compute_dtype
-
-BOUNDARIES = ("inclusive", "exclusive")
+from .nucleus import ShardPlan, TopPCounters, find_nucleus, make_plan
+from .torch_engine import Nucleus, compute_dtype
 
 
 class TokenStats(NamedTuple):
@@ -27,72 +23,16 @@ class TokenStats(NamedTuple):
     top_p_entropy: Tensor
 
 
-class ShardPlan(NamedTuple):
-    """Plain numbers that describe one call on one rank."""
+class RowState(NamedTuple):
+    """What the gradient needs beside the logits: a handful of numbers a row. All [T].
 
-    top_p: float
-    exclusive: bool
-    rank: int
-    size: int
-    width: int
-    chunk_bytes: int
-    tp_group: object
+    sums [T, 4] fp64 = sum e, entropy, nucleus mass, top-p entropy; tau, cut: as in Nucleus.
+    """
 
-
-def _plan(logits: Tensor, top_p, top_p_boundary, vocab_size, tp_group, chunk_mb) -> ShardPlan:
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    if top_p_boundary not in BOUNDARIES:
-        raise ValueError(f"top_p_boundary must be one of {BOUNDARIES}, got {top_p_boundary!r}")
-    if not chunk_mb > 0:
-        raise ValueError(f"chunk_mb must be positive, got {chunk_mb}")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError("vocab_parallel_logits must be [..., vocab/tp] with at least one column")
-    if not logits.is_floating_point():
-        raise ValueError(f"vocab_parallel_logits must be floating point, got {logits.dtype}")
-    size = 1 if tp_group is None else dist.get_world_size(tp_group)
-    rank = 0 if tp_group is None else dist.get_rank(tp_group)
-    shard = logits.shape[-1]
-    vocab_size = shard * size if vocab_size is None else int(vocab_size)
-    if not 0 < vocab_size <= shard * size:
-        raise ValueError(f"vocab_size must be in [1, {shard * size}] (the logits' columns), got {vocab_size}")
-    width = min(max(vocab_size - rank * shard, 0), shard)
-    group = tp_group if size > 1 else None
-    return ShardPlan(
-        float(top_p), top_p_boundary == "exclusive", rank, size, width, int(chunk_mb * 2**20), group
-    )
-
-
-def _gather_packs(pack: Tensor, plan: ShardPlan) -> Tensor:
-    """[T, words] of this rank -> [tp, T, words]: the one collective of the fast path."""
-    if plan.tp_group is None:
-        return pack.unsqueeze(0)
-    packs = pack.new_empty((plan.size, *pack.shape))
-    dist.all_gather_into_tensor(packs.flatten(0, 1), pack, group=plan.tp_group)
-    return packs
-
-
-def _settle(z: Tensor, nucleus: Nucleus, plan: ShardPlan) -> Nucleus:
-    """Radix select for the rows that the tournament didn't certify (the same rows on every rank)."""
-    failing = (~nucleus.certified).nonzero().squeeze(1)
-    if failing.numel() == 0:
-        return nucleus
-    found = radix_select(
-        z[failing], nucleus.row_max[failing], plan.width, plan.top_p, plan.exclusive,
-        plan.tp_group, plan.rank, plan.chunk_bytes,
-    )  # fmt: skip
-    fields = nucleus._asdict()
-    for name, value in found._asdict().items():
-        fields[name] = fields[name].index_copy(0, failing, value)
-    return Nucleus(**fields)
-
-
-def find_nucleus(z: Tensor, local_labels: Tensor, plan: ShardPlan) -> Nucleus:
-    """Sums and nucleus of each row. Args: z [T, Vs] contiguous; local_labels [T]."""
-    top_k = 0 if plan.top_p == 1.0 else TOP_K
-    pack, columns = torch_engine.sweep(z, local_labels, plan.width, top_k, plan.chunk_bytes)
-    nucleus = torch_engine.merge(_gather_packs(pack, plan), columns, plan.rank, plan.top_p, plan.exclusive)
-    return _settle(z, nucleus, plan)
+    sums: Tensor
+    row_max: Tensor
+    tau: Tensor
+    cut: Tensor
 
 
 def _entropy(mass: Tensor, mass_ed: Tensor) -> Tensor:
@@ -100,61 +40,83 @@ def _entropy(mass: Tensor, mass_ed: Tensor) -> Tensor:
     return torch.where(mass == 0, 0.0, mass.log() - mass_ed / mass)
 
 
+def stats_of(nucleus: Nucleus) -> tuple[TokenStats, RowState]:
+    """Close the forward: the statistics [T] (fp64) and what the backward needs."""
+    sums = nucleus.sums
+    logprobs = sums.label_logit.double() - sums.row_max.double() - sums.sum_e.log()
+    entropy, top_p_entropy = _entropy(sums.sum_e, sums.sum_ed), _entropy(nucleus.mass, nucleus.mass_ed)
+    state = torch.stack([sums.sum_e, entropy, nucleus.mass, top_p_entropy], -1)
+    return TokenStats(logprobs, entropy, top_p_entropy), RowState(
+        state, sums.row_max, nucleus.tau, nucleus.cut
+    )
+
+
+def gradient_coefficients(state: RowState, grads: TokenStats, top_p: float) -> Tensor:
+    """a0, a1, b0, b1 [T, 4] of dL/dz = e (a0 + a1 d + 1_N (b0 + b1 d)) + g_logprob 1[v = label].
+
+    From -p (log p + H) = -(e / S) (d - log S + H), and the same for q inside N. Args: grads, fp64 [T].
+    """
+    sum_e, entropy, mass, top_p_entropy = state.sums.unbind(-1)
+    g_entropy, g_top = grads.entropy, grads.top_p_entropy
+    if top_p == 1.0:
+        g_entropy, g_top = g_entropy + g_top, torch.zeros_like(g_top)
+    a0 = -(grads.logprobs + g_entropy * (entropy - sum_e.log())) / sum_e
+    inverse = torch.where(mass == 0, 0.0, g_top / mass)
+    b0 = torch.where(mass == 0, 0.0, -inverse * (top_p_entropy - mass.log()))
+    return torch.stack([a0, -g_entropy / sum_e, b0, -inverse], -1).to(state.row_max.dtype)
+
+
+def write_gradient(
+    z: Tensor, out: Tensor, local: Tensor, state: RowState, grads: TokenStats, plan: ShardPlan
+):
+    """dL/dlogits of the rows z [T, Vs] into out, which may be z. Args: local [T]; grads fp64 [T]."""
+    coefs = gradient_coefficients(state, grads, plan.top_p)
+    label_grad = grads.logprobs.to(coefs.dtype)
+    nucleus = (state.row_max, state.tau, state.cut)
+    plan.engine.backward(z, out, coefs, nucleus, plan.width, plan.chunk_bytes, local, label_grad)
+
+
 class _TokenStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, plan: ShardPlan):
-        z = logits.reshape(-1, logits.shape[-1])
+    def forward(ctx, logits: Tensor, labels: Tensor, plan: ShardPlan, inplace: bool, counters):
+        z = logits.reshape(-1, logits.shape[-1]).contiguous()
         local = labels.reshape(-1) - plan.rank * z.shape[1]
-        nucleus = find_nucleus(z, local, plan)
-        logprob = nucleus.label_logit.double() - nucleus.row_max.double() - nucleus.sum_e.log()
-        entropy = _entropy(nucleus.sum_e, nucleus.sum_ed)
-        top_p_entropy = _entropy(nucleus.mass, nucleus.mass_ed)
-        sums = torch.stack([nucleus.sum_e, entropy, nucleus.mass, top_p_entropy], -1)
-        ctx.save_for_backward(logits, local, sums, nucleus.row_max, nucleus.tau, nucleus.cut)
-        ctx.plan = plan
+        stats, state = stats_of(find_nucleus(z, local, plan, counters))
+        ctx.save_for_backward(z, local, *state)
+        ctx.plan, ctx.inplace, ctx.shape = plan, inplace, logits.shape
         dtype = compute_dtype(z.dtype)
-        return tuple(s.to(dtype).view(labels.shape) for s in (logprob, entropy, top_p_entropy))
+        return tuple(s.to(dtype).view(labels.shape) for s in stats)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprobs, grad_entropy, grad_top_p_entropy):
-        logits, local, sums, row_max, tau, cut = ctx.saved_tensors
-        plan: ShardPlan = ctx.plan
-        z = logits.reshape(-1, logits.shape[-1])
-        out = torch.empty_like(z)
-        g_logprob, g_entropy, g_top = (
-            g.reshape(-1).double() for g in (grad_logprobs, grad_entropy, grad_top_p_entropy)
-        )
-        coefs = _coefficients(sums, g_logprob, g_entropy, g_top, plan).to(row_max.dtype)
-        torch_engine.backward(z, out, coefs, (row_max, tau, cut), plan.width, plan.chunk_bytes)
-        _add_at_label(out, local, g_logprob, z, coefs, row_max, tau, cut, plan.width)
-        return out.view(logits.shape), None, None
+    def backward(ctx, *grads):
+        z, local, *state = ctx.saved_tensors
+        out = z if ctx.inplace else torch.empty_like(z)
+        grads = TokenStats(*(g.reshape(-1).double() for g in grads))
+        write_gradient(z, out, local, RowState(*state), grads, ctx.plan)
+        if ctx.inplace:  # whoever else saved these logits must hear of it
+            torch.autograd.graph.increment_version(z)
+        return out.view(ctx.shape), None, None, None, None
 
 
-def _coefficients(sums: Tensor, g_logprob, g_entropy, g_top, plan: ShardPlan) -> Tensor:
-    """a0, a1, b0, b1 [T, 4] of grad = e (a0 + a1 d + 1_N (b0 + b1 d)) + g_logprob 1[v = label]."""
-    sum_e, entropy, mass, top_p_entropy = sums.unbind(-1)
-    if plan.top_p == 1.0:
-        g_entropy, g_top = g_entropy + g_top, torch.zeros_like(g_top)
-    inverse = torch.where(mass == 0, 0.0, g_top / mass)
-    a0 = -(g_logprob + g_entropy * (entropy - sum_e.log())) / sum_e
-    b0 = torch.where(mass == 0, 0.0, -inverse * (top_p_entropy - mass.log()))
-    return torch.stack([a0, -g_entropy / sum_e, b0, -inverse], -1)
+def check_labels(labels: Tensor, rows_shape: torch.Size, vocab_size: int) -> None:
+    """ValueError for labels that aren't token ids of these rows (on CUDA: an assertion, without a wait)."""
+    if labels.shape != rows_shape:
+        raise ValueError(f"labels {tuple(labels.shape)} must have the shape {tuple(rows_shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    valid = ((labels >= 0) & (labels < vocab_size)).all()
+    if labels.device.type == "cpu":
+        if not valid:
+            raise ValueError(f"labels must be token ids in [0, {vocab_size})")
+    else:
+        torch._assert_async(valid)
 
 
-def _add_at_label(out, local, g_logprob, z, coefs, row_max, tau, cut, width: int) -> None:
-    """Rewrite the label's entry from scratch, label term included: one rounding to the logits' dtype."""
-    row = ((local >= 0) & (local < width)).nonzero().squeeze(1)
-    column = local[row]
-    value = z[row, column].to(row_max.dtype) if z.data_ptr() != out.data_ptr() else None
-    if value is None or z.dtype == row_max.dtype:
-        out[row, column] += g_logprob[row].to(out.dtype)
-        return
-    threshold, a0, a1, b0, b1 = tau[row], *coefs[row].unbind(1)
-    inside = (value > threshold) | ((value == threshold) & (column < cut[row]))
-    d = (value - row_max[row]).clamp(min=torch_engine.lowest_exponent(row_max.dtype))
-    slope = a0 + a1 * d + torch.where(inside, b0 + b1 * d, 0.0)
-    out[row, column] = (d.exp() * slope + g_logprob[row].to(slope.dtype)).to(out.dtype)
+def _refuse_leaf(logits: Tensor) -> None:
+    base = logits if logits._base is None else logits._base
+    if any(t.is_leaf and t.requires_grad for t in (logits, base)):
+        raise ValueError("inplace_backward would overwrite a leaf tensor (a parameter) with its gradient")
 
 
 def vocab_parallel_token_stats(
@@ -166,6 +128,9 @@ def vocab_parallel_token_stats(
     vocab_size: int | None = None,
     tp_group=None,
     chunk_mb: float = 64,
+    inplace_backward: bool = False,
+    implementation: str = "auto",
+    counters: TopPCounters | None = None,
 ) -> TokenStats:
     """Log-prob of the label, entropy and top-p entropy of each position, exact on a sharded vocabulary.
 
@@ -175,8 +140,8 @@ def vocab_parallel_token_stats(
     The gradients are 1[v = label] - p_v, -p_v (log p_v + H) and -1_N q_v (log q_v + H_N): N is a constant.
 
     Args:
-        vocab_parallel_logits: [..., vocab/tp] fp32, bf16 or fp64, already divided by the temperature; never
-            modified in forward.
+        vocab_parallel_logits: [..., vocab/tp] fp32, bf16, fp16 or fp64, already divided by the temperature;
+            never modified in forward.
         labels: [...] GLOBAL token ids, the same on every rank.
         top_p: mass of the nucleus, in (0, 1]; 1 = the whole vocabulary.
         top_p_boundary: "inclusive" keeps the token that crosses top_p, "exclusive" leaves it out (the set may
@@ -185,17 +150,58 @@ def vocab_parallel_token_stats(
             zero gradient. None = all columns.
         tp_group: tensor-parallel process group; None = unsharded.
         chunk_mb: budget of temporary memory in MiB.
+        inplace_backward: let backward write the gradient over the logits, where nobody else needs them.
+        implementation: "auto", "torch", "native" (compiled, CPU) or "triton" (CUDA).
+        counters: added to in place: rows, rows that needed the radix select, NaN rows.
 
     Returns:
         TokenStats of fp32 tensors [...] (fp64 for fp64 logits), the same on every rank. A row with a NaN,
         or with no finite logit, is NaN; other rows aren't touched by it.
 
     Raises:
-        ValueError: for an option or a shape that makes no sense.
+        ValueError: for an option, a label or a shape that makes no sense; inplace_backward on a leaf.
 
     References: SIREN, arXiv 2509.25133 (top-p mask, there with the exclusive boundary).
     """
-    if labels.shape != vocab_parallel_logits.shape[:-1]:
-        raise ValueError(f"labels {tuple(labels.shape)} must be the logits' shape without the last dimension")
-    plan = _plan(vocab_parallel_logits, top_p, top_p_boundary, vocab_size, tp_group, chunk_mb)
-    return TokenStats(*_TokenStats.apply(vocab_parallel_logits, labels, plan))
+    plan = make_plan(
+        vocab_parallel_logits, top_p, top_p_boundary, vocab_size, tp_group, chunk_mb, implementation
+    )
+    check_labels(labels, vocab_parallel_logits.shape[:-1], plan.vocab_size)
+    if inplace_backward:
+        _refuse_leaf(vocab_parallel_logits)
+    return TokenStats(*_TokenStats.apply(vocab_parallel_logits, labels, plan, inplace_backward, counters))
+
+
+@torch.no_grad()
+def top_p_mask(
+    vocab_parallel_logits: Tensor,
+    *,
+    top_p: float,
+    top_p_boundary: str = "inclusive",
+    vocab_size: int | None = None,
+    tp_group=None,
+    chunk_mb: float = 64,
+    implementation: str = "auto",
+) -> Tensor:
+    """Membership of this shard's tokens in the nucleus, for reports: the statistics never build it.
+
+    Args: as in vocab_parallel_token_stats.
+
+    Returns: bool [..., vocab/tp]; False in padding columns and in NaN rows. top_p = 1 keeps all z > -inf.
+
+    Raises: ValueError: for an option or a shape that makes no sense.
+    """
+    plan = make_plan(
+        vocab_parallel_logits, top_p, top_p_boundary, vocab_size, tp_group, chunk_mb, implementation
+    )
+    z = vocab_parallel_logits.reshape(-1, vocab_parallel_logits.shape[-1]).contiguous()
+    nowhere = torch.full((z.shape[0],), -1, dtype=torch.int64, device=z.device)
+    nucleus = find_nucleus(z, nowhere, plan, None)
+    column = torch.arange(plan.width, device=z.device)
+    out = torch.zeros(z.shape, dtype=torch.bool, device=z.device)
+    step = max(1, plan.chunk_bytes // (8 * z.shape[1]))
+    for rows in (slice(i, i + step) for i in range(0, z.shape[0], step)):
+        true = z[rows, : plan.width].to(nucleus.tau.dtype)
+        tau, cut = nucleus.tau[rows].unsqueeze(1), nucleus.cut[rows].unsqueeze(1)
+        out[rows, : plan.width] = (true > tau) | ((true == tau) & (column < cut))
+    return out.view(vocab_parallel_logits.shape)

@@ -4,7 +4,7 @@ Legend: T = rows (tokens), Vs = columns of this shard (vocab / tp), W = its true
 K = length of a shard's list of largest logits, tp = tensor-parallel size.
 
 A row's *pack* is what one rank tells the others: 8 header words and K list words
-``[max, label logit, sum e (fp64), sum e*d (fp64), unused x 2, K largest logits in descending order]``
+``[max, label logit, sum e (fp64), sum e*d (fp64), engine, unused, K largest logits in descending order]``
 with d = z - max and e = exp(d) of that shard. Words are fp32 (288 bytes for K = 64), fp64 for fp64 logits.
 """
 
@@ -19,17 +19,25 @@ _BLOCK = 64
 _TILE_BYTES = 4 << 20  # a tile of rows and its temporaries stay in the cache
 
 
-class Nucleus(NamedTuple):
-    """A nucleus per row: tokens with z > tau, or z == tau and local column < cut.
+class RowSums(NamedTuple):
+    """Sums over the whole vocabulary, with d = z - row_max and e = exp(d). All [T].
 
-    Args: all fields [T]. row_max, tau: logits' compute dtype; sum_e, sum_ed: whole vocabulary, relative to
-    row_max; mass, mass_ed: the same sums over the nucleus; certified: False = settle by radix select.
+    row_max, label_logit: compute dtype; sum_e, sum_ed: fp64. A row that has no softmax is NaN.
     """
 
     row_max: Tensor
     label_logit: Tensor
     sum_e: Tensor
     sum_ed: Tensor
+
+
+class Nucleus(NamedTuple):
+    """The tokens with z > tau, or z == tau and local column < cut. All [T].
+
+    mass, mass_ed: sum e and sum e*d over it, fp64; certified: False = the radix select has to settle the row.
+    """
+
+    sums: RowSums
     tau: Tensor
     cut: Tensor
     mass: Tensor
@@ -162,11 +170,13 @@ def merge(packs: Tensor, columns: Tensor, rank: int, top_p: float, exclusive: bo
     invalid = sum_e.isnan() | (sum_e == 0)
     sum_e = sum_e.masked_fill(invalid, torch.nan)
     sum_ed = sum_ed.masked_fill(invalid, torch.nan)
+    row_max = row_max.masked_fill(invalid, torch.nan)
+    sums = RowSums(row_max, label_logit, sum_e, sum_ed)
     top_k = packs.shape[2] - HEADER
     if top_k == 0:
         tau = torch.full_like(row_max, -torch.inf).masked_fill(invalid, torch.nan)
         cut = torch.zeros_like(row_max, dtype=torch.int64)
-        return Nucleus(row_max, label_logit, sum_e, sum_ed, tau, cut, sum_e, sum_ed, torch.ones_like(invalid))
+        return Nucleus(sums, tau, cut, sum_e, sum_ed, torch.ones_like(invalid))
     lists = packs[..., HEADER:].transpose(0, 1).flatten(1)  # [T, tp * K], lower ranks first
     values, source = lists.sort(dim=-1, descending=True, stable=True)
     d = (values.double() - m.unsqueeze(1)).clamp(min=-750.0)
@@ -199,7 +209,7 @@ def merge(packs: Tensor, columns: Tensor, rank: int, top_p: float, exclusive: bo
     tau = tau.masked_fill(invalid, torch.nan)
     through, through_ed = through.masked_fill(invalid, torch.nan), through_ed.masked_fill(invalid, torch.nan)
     certified |= invalid
-    return Nucleus(row_max, label_logit, sum_e, sum_ed, tau, cut, through, through_ed, certified)
+    return Nucleus(sums, tau, cut, through, through_ed, certified)
 
 
 def backward(
@@ -209,22 +219,27 @@ def backward(
     nucleus: tuple[Tensor, Tensor, Tensor],
     width: int,
     chunk_bytes: int,
+    local_labels: Tensor,
+    label_grad: Tensor,
 ) -> None:
-    """Write grad = e * (a0 + a1 d + 1_N (b0 + b1 d)) to out; the caller adds the label's term.
+    """Write e * (a0 + a1 d + 1_N (b0 + b1 d)) + label_grad 1[v = label] to out, zeros to padding columns.
 
     Args: z, out [T, Vs] (may be the same tensor); coefs [T, 4] = a0, a1, b0, b1, compute dtype;
-    nucleus = (row_max, tau, cut), each [T].
+    nucleus = (row_max, tau, cut), each [T]; local_labels, label_grad [T].
     """
     dtype = compute_dtype(z.dtype)
     row_max, tau, cut = nucleus
-    out[:, width:] = 0
     if width == 0 or z.shape[0] == 0:
+        out.zero_()
         return
+    labels = local_labels.clamp(0, width - 1).unsqueeze(1)
+    label_term = (
+        label_grad.to(dtype).masked_fill((local_labels < 0) | (local_labels >= width), 0.0).unsqueeze(1)
+    )
     step = _tile_rows(width, chunk_bytes, dtype.itemsize)
     d_tile = torch.empty((min(step, z.shape[0]), width), dtype=dtype, device=z.device)
     e_tile = torch.empty_like(d_tile)
     masked = bool((coefs[:, 2:] != 0).any())
-    column = torch.arange(width, device=z.device) if masked else None
     for start in range(0, z.shape[0], step):
         rows = slice(start, min(start + step, z.shape[0]))
         d, e = d_tile[: rows.stop - start], e_tile[: rows.stop - start]
@@ -232,15 +247,55 @@ def backward(
         tile = z[rows, :width]
         if tile.dtype != dtype:
             tile = e.copy_(tile)
-        inside = None
-        if masked:
-            threshold = tau[rows].unsqueeze(1)
-            inside = (tile > threshold) | ((tile == threshold) & (column < cut[rows].unsqueeze(1)))
+        inside = _members(tile, tau[rows], cut[rows]) if masked else None
         torch.sub(tile, row_max[rows].unsqueeze(1), out=d)
         d.clamp_(min=lowest_exponent(dtype))
         torch.exp(d, out=e)
-        if inside is None:
-            grad = d.mul_(a1).add_(a0)
-        else:
-            grad = torch.where(inside, (b1 + a1) * d + (b0 + a0), a1 * d + a0)
-        out[rows, :width] = grad.mul_(e)
+        if inside is not None:
+            row, column = inside
+            extra = e[row, column] * (coefs[rows, 2][row] + coefs[rows, 3][row] * d[row, column])
+        grad = d.mul_(a1).add_(a0).mul_(e)
+        if inside is not None:
+            grad.index_put_((row, column), extra, accumulate=True)
+        grad.scatter_add_(1, labels[rows], label_term[rows])
+        out[rows, :width] = grad
+    out[:, width:] = 0
+
+
+def _members(tile: Tensor, tau: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
+    """(row, column) of the nucleus's tokens. Args: tile [R, W]; tau, cut [R]."""
+    row, column = (tile >= tau.unsqueeze(1)).nonzero(as_tuple=True)
+    keep = (tile[row, column] > tau[row]) | (column < cut[row])
+    return row[keep], column[keep]
+
+
+class RowScans:
+    """The dense steps of the radix select for the rows z[index] of a shard, in float64.
+
+    Args: z [T, Vs]; index [F]; row_max [F], over all shards, finite; width W.
+    """
+
+    bins, per_nat = 1024, 32.0  # first digit floor((max - z) * per_nat): 32 nats below the maximum
+    bytes_per_logit = 40.0  # temporaries
+
+    def __init__(self, z: Tensor, index: Tensor, row_max: Tensor, width: int):
+        self.z = z[index, :width].to(compute_dtype(z.dtype))
+        self.row_max = row_max.unsqueeze(1)
+        d = self.z.double().sub_(self.row_max).clamp_(min=-750.0)
+        self.digits = (d * -self.per_nat).clamp_(max=self.bins - 1.0).to(torch.int64)
+        self.e = d.exp_()
+
+    def histogram(self) -> Tensor:
+        """Mass per digit [F, bins] fp64."""
+        out = self.e.new_zeros(self.z.shape[0], self.bins)
+        return out.scatter_add_(1, self.digits, self.e)
+
+    def collect(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(row, local column, logit) of the logits whose digit is chosen [F]; columns ascending in a row."""
+        row, column = (self.digits == chosen.unsqueeze(1)).nonzero(as_tuple=True)
+        return row, column, self.z[row, column]
+
+    def ed_above(self, tau: Tensor) -> Tensor:
+        """sum e*d over z > tau [F] fp64."""
+        d = (self.z - self.row_max).clamp_(min=-700.0)
+        return (d * self.e).masked_fill_(self.z <= tau.unsqueeze(1), 0.0).sum(-1)

@@ -35,7 +35,10 @@ def fixed_samples(num_responses: int = RESPONSES, vocab_size: int = 500) -> tupl
 
     samples = []
     for index in range(num_responses):
-        prompt, length = draw(0, vocab_size, draw(2, 9, 1)[0]), 1 if index == 3 else draw(2, MAX_RESPONSE, 1)[0]
+        prompt, length = (
+            draw(0, vocab_size, draw(2, 9, 1)[0]),
+            1 if index == 3 else draw(2, MAX_RESPONSE, 1)[0],
+        )
         samples.append(Sample(tuple(prompt), tuple(draw(0, vocab_size, length)), (-6.0,) * length, "stop"))
     return samples, torch.rand(num_responses, generator=generator).round(decimals=1)
 
@@ -58,7 +61,9 @@ def config_of(checkpoint: Path, **options: Any) -> Config:
     return Config.of(**values)
 
 
-def train(checkpoint: Path, updates: int, layout: Layout) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+def train(
+    checkpoint: Path, updates: int, layout: Layout
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """`updates` updates on the fixed rollouts; metrics of each, and the final weights (rank 0) by HF name."""
     from megatron.core import parallel_state
 
@@ -110,7 +115,10 @@ def reference(checkpoint: Path, updates: int) -> tuple[list[dict[str, float]], d
     norms = [p for p in model.parameters() if p.dim() == 1]
     matrices = [p for p in model.parameters() if p.dim() > 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.train.weight_decay}, {"params": norms, "weight_decay": 0.0}],
+        [
+            {"params": matrices, "weight_decay": config.train.weight_decay},
+            {"params": norms, "weight_decay": 0.0},
+        ],
         betas=(config.train.adam_beta1, config.train.adam_beta2),
         eps=config.train.adam_eps,
     )

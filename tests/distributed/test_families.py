@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import FAMILY_CONFIGS, make_random_checkpoint
-from families import TOKENS, forward_and_gather
-from launch import run_ranks
+from tests.checkpoints import FAMILY_CONFIGS, make_random_checkpoint
+from tests.distributed.families import TOKENS, forward_and_gather
+from tests.distributed.launch import run_ranks
 from safetensors.torch import load_file
 
 TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
@@ -36,7 +36,10 @@ def test_logits_equal_transformers_and_weights_come_back(tmp_path, experts):
     for world_size, layouts in (EXPERT_LAYOUTS if experts else DENSE_LAYOUTS).items():
         jobs = [(name, layout) for name in families for layout in layouts]
         results = run_ranks(
-            forward_and_gather, world_size, [(checkpoints[name], layout) for name, layout in jobs], timeout=300
+            forward_and_gather,
+            world_size,
+            [(checkpoints[name], layout) for name, layout in jobs],
+            timeout=300,
         )
         for index, (name, layout) in enumerate(jobs):
             seen = [rank[index][0] for rank in results if rank[index][0] is not None]

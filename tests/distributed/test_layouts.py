@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import make_random_checkpoint
-from launch import run_ranks
-from layouts import Layout, reference, train_layouts
+from tests.checkpoints import make_random_checkpoint
+from tests.distributed.launch import run_ranks
+from tests.distributed.layouts import Layout, reference, train_layouts
 
 UPDATES = 5
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"

@@ -1,0 +1,140 @@
+"""Options: refused with one line and exit code 2, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tests.checkpoints import write_prompts
+
+from siren_megatron.config import Config, build_parser, check, parse_args
+
+ARCHITECTURE = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(ARCHITECTURE))
+    (model / "model.safetensors").write_bytes(b"")
+    prompts = write_prompts(tmp_path / "prompts.jsonl", [{"problem": "1+1", "answer": "2"}])
+    return {"hf_checkpoint": model, "prompt_data": prompts, "save": tmp_path / "run"}
+
+
+def arguments(files, *more):
+    base = {**files, "seq_length": 128, "rollout_max_response_length": 64}
+    flags = [text for key, value in base.items() for text in ("--" + key.replace("_", "-"), str(value))]
+    return [*flags, *more]
+
+
+def test_accepted_options_arrive_by_group(files, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    config = parse_args(arguments(files, "--tensor-model-parallel-size", "2", "--lr", "3e-5", "--no-bf16"))
+    assert config.parallel.tensor_model_parallel_size == 2
+    assert config.train.lr == 3e-5 and config.model.bf16 is False
+    assert config.flat()["save"] == str(files["save"])
+    assert config.logprob_tolerance == 0.01
+
+
+WRONG = [
+    (["--tensor-model-parallel-size", "4"], "--tensor-model-parallel-size 4 does not divide the model's num_key_value_heads 2"),
+    (["--pipeline-model-parallel-size", "3"], "--pipeline-model-parallel-size 3 does not divide the model's num_hidden_layers 4"),
+    (["--entropy-top-p", "0"], "--entropy-top-p must be greater than 0, got 0.0"),
+    (["--entropy-top-p", "1.5"], "--entropy-top-p must be at most 1, got 1.5"),
+    (["--entropy-top-p", "nan"], "--entropy-top-p must be finite"),
+    (["--siren-peak-quantile", "1"], "--siren-peak-quantile must be less than 1"),
+    (["--global-batch-size", "48"], "--global-batch-size 48 does not divide the 256 responses"),
+    (["--micro-batch-size", "7"], "--micro-batch-size 7 does not divide --global-batch-size 64"),
+    (["--micro-batch-size", "64"], "--micro-batch-size 64 x 4 data-parallel rank(s)"),
+    (["--sequence-parallel"], "--sequence-parallel needs --tensor-model-parallel-size"),
+    (["--rollout-max-response-length", "128"], "--rollout-max-response-length 128 leaves no room for a prompt in --seq-length 128"),
+    (["--seq-length", "1024"], "--seq-length 1024 exceeds the model's max_position_embeddings 512"),
+    (["--grpo-dual-clip", "0.5"], "--grpo-dual-clip must be greater than 1"),
+    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+    (["--entropy-metod", "siren"], "unrecognized arguments: --entropy-metod siren"),
+    (["--entropy-coef", "1"], "unrecognized arguments: --entropy-coef 1"),
+    (["--load", "x", "--overwrite"], "--load and --overwrite contradict each other"),
+    (["--load", "no-such-run"], "--load no-such-run holds no checkpoint"),
+    (["--hf-checkpoint", "no-such-dir"], "--hf-checkpoint no-such-dir is not a directory"),
+    (["--prompt-data", "no-such-file"], "--prompt-data no-such-file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG, ids=[" ".join(o) for o, _ in WRONG])
+def test_wrong_options_are_one_line_and_exit_code_2(files, monkeypatch, capsys, options, message):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(SystemExit) as error:
+        parse_args(arguments(files, *options))
+    lines = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("pretrain_siren.py: error: ") and message in lines[0]
+
+
+def test_a_broken_prompt_line_is_named(files, capsys):
+    files["prompt_data"].write_text('{"problem": "1", "answer": "1"}\n{"problem": \n')
+    with pytest.raises(SystemExit):
+        parse_args(arguments(files))
+    assert f"{files['prompt_data']}, line 2" in capsys.readouterr().err
+
+
+def test_a_missing_required_option_is_named(capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_args(["--save", "x"])
+    assert error.value.code == 2
+    assert "--hf-checkpoint, --prompt-data" in capsys.readouterr().err
+
+
+def test_an_existing_run_is_not_touched_unless_told(files, capsys):
+    files["save"].mkdir()
+    (files["save"] / "metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit):
+        parse_args(arguments(files))
+    assert (
+        f"--save {files['save']} exists already: pass --load {files['save']} or --overwrite"
+        in capsys.readouterr().err
+    )
+    assert parse_args(arguments(files, "--overwrite")).run.overwrite
+    (files["save"] / "checkpoints").mkdir()
+    assert parse_args(arguments(files, "--load", str(files["save"]))).run.load == files["save"]
+
+
+def test_world_size_must_fit_the_layout(files):
+    config = Config.of(**files, tensor_model_parallel_size=2, pipeline_model_parallel_size=2,
+                       seq_length=128, rollout_max_response_length=64)  # fmt: skip
+    check(config, world_size=4)
+    with pytest.raises(ValueError, match=r"= 4 does not divide the 6 rank\(s\).*torchrun --nproc-per-node 4"):
+        check(config, world_size=6)
+
+
+def test_config_of_refuses_unknown_and_missing_names(files):
+    with pytest.raises(ValueError, match="unknown option.*learning_rate"):
+        Config.of(**files, learning_rate=1.0)
+    with pytest.raises(ValueError, match="hf_checkpoint"):
+        Config.of(save=files["save"])
+
+
+def test_every_option_has_help_and_the_parser_knows_no_abbreviations():
+    parser = build_parser()
+    assert all(action.help for action in parser._actions)
+    assert not parser.allow_abbrev
+
+
+def test_checking_options_imports_nothing_heavy(files, repository):
+    code = (
+        "import sys; from siren_megatron.config import parse_args; parse_args(sys.argv[1:]);"
+        "print([m for m in ('torch', 'megatron', 'vllm', 'transformers') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, *arguments(files, "--check")]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
