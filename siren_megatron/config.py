@@ -32,6 +32,7 @@ class ModelOptions:
 class ParallelOptions:
     tensor_model_parallel_size: int = option(1, "ranks that share each layer and the vocabulary", minimum=1)
     pipeline_model_parallel_size: int = option(1, "pipeline stages the layers are cut into", minimum=1)
+    expert_model_parallel_size: int = option(1, "ranks that share each layer's experts", minimum=1)
     sequence_parallel: bool = option(False, "shard activations between layers over the tensor ranks")
     use_distributed_optimizer: bool = option(True, "shard optimizer states over the data-parallel ranks")
     distributed_timeout_minutes: float = option(10.0, "a collective waits this many minutes", above=0)

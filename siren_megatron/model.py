@@ -10,6 +10,7 @@ norm refuses sequence parallelism; the layer spec here brings its own of both.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -22,16 +23,15 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from siren_megatron.architecture import Architecture, Rope
 from siren_megatron.config import ParallelOptions
 from siren_megatron.platform import Platform
-
-ARCHITECTURES = ("Qwen2ForCausalLM",)
-VOCAB_MULTIPLE = 128
 
 
 class RMSNorm(torch.nn.Module):
@@ -85,36 +85,45 @@ class CausalAttention(torch.nn.Module):
         return context.permute(2, 0, 1, 3).reshape(context.size(2), context.size(0), -1)
 
 
-def check_architecture(hf_config: dict[str, Any]) -> None:
+def check_architecture(hf_config: dict[str, Any], seq_length: int = 0) -> None:
     """Refuse models that the layers here would compute wrongly.
+
+    Args:
+        hf_config: config.json.
+        seq_length: longest sequence, in tokens.
 
     Raises:
         ValueError: one line that names the key of config.json.
     """
-    names = hf_config.get("architectures") or []
-    if not set(names) & set(ARCHITECTURES):
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(
-            f"--hf-checkpoint: architecture {names or 'unknown'} is not supported (known: {known})"
+    try:
+        Architecture.of(hf_config).check_length(seq_length)
+    except ValueError as error:
+        raise ValueError(f"--hf-checkpoint: {error}") from None
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
+    """Radians a token of each pair of a head's dimensions, float32 [head_dim / 2].
+
+    llama3 (Llama 3.1) stretches wavelengths longer than original_length / low_freq_factor by factor, keeps
+    those shorter than original_length / high_freq_factor, and blends in between. The order of operations is
+    transformers' (`modeling_rope_utils`), so that the float32 values are the same to the bit: an error of one
+    unit in the last place is a wrong phase at position 100,000.
+    """
+    frequencies = 1.0 / (rope.base ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "llama3":
+        wavelength = 2 * math.pi / frequencies
+        kept = (rope.original_length / wavelength - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor
         )
-    if hf_config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"--hf-checkpoint: hidden_act {hf_config['hidden_act']} is not supported, only silu")
-    if hf_config.get("use_sliding_window"):
-        raise ValueError("--hf-checkpoint: use_sliding_window is not supported")
-    kind = _rope(hf_config).get("rope_type") or _rope(hf_config).get("type") or "default"
-    if kind != "default":
-        raise ValueError(f"--hf-checkpoint: rope scaling of type {kind} is not supported")
-
-
-def _rope(hf_config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE's parameters: `rope_parameters` since transformers 5, `rope_scaling` and `rope_theta` before."""
-    return hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-
-
-def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
-    """Columns of the embedding: a multiple of 128 on every tensor rank, as Megatron-LM pads it."""
-    multiple = VOCAB_MULTIPLE * tensor_parallel_size
-    return -(-vocab_size // multiple) * multiple
+        blend = (1 - kept) * frequencies / rope.factor + kept * frequencies
+        stretched = torch.where(
+            wavelength > rope.original_length / rope.low_freq_factor, frequencies / rope.factor, blend
+        )
+        return torch.where(wavelength < rope.original_length / rope.high_freq_factor, frequencies, stretched)
+    assert rope.kind == "default", rope.kind
+    return frequencies
 
 
 def transformer_config(
@@ -129,20 +138,23 @@ def transformer_config(
         bf16: parameters and activations in bfloat16.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
-    heads = hf_config["num_attention_heads"]
+    architecture = Architecture.of(hf_config)
+    if architecture.experts and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        raise ValueError("a model of experts with --tensor-model-parallel-size needs --sequence-parallel")
     return TransformerConfig(
-        num_layers=hf_config["num_hidden_layers"],
-        hidden_size=hf_config["hidden_size"],
-        ffn_hidden_size=hf_config["intermediate_size"],
-        num_attention_heads=heads,
-        num_query_groups=hf_config.get("num_key_value_heads", heads),
-        kv_channels=hf_config.get("head_dim") or hf_config["hidden_size"] // heads,
-        layernorm_epsilon=hf_config.get("rms_norm_eps", 1e-6),
+        num_layers=architecture.layers,
+        hidden_size=architecture.hidden,
+        ffn_hidden_size=architecture.ffn,
+        num_attention_heads=architecture.heads,
+        num_query_groups=architecture.kv_heads,
+        kv_channels=architecture.head,
+        layernorm_epsilon=architecture.norm_eps,
         normalization="RMSNorm",
         activation_func=torch.nn.functional.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         params_dtype=dtype,
@@ -165,7 +177,23 @@ def transformer_config(
         deallocate_pipeline_outputs=platform.is_cuda,
         # Gradients are plain sums over micro-batches and ranks: see loss_func in trainer.py.
         calculate_per_token_loss=True,
+        **(_expert_options(architecture, parallel) if architecture.experts else {}),
     )
+
+
+def _expert_options(architecture: Architecture, parallel: ParallelOptions) -> dict[str, Any]:
+    return {
+        "num_moe_experts": architecture.experts,
+        "moe_router_topk": architecture.experts_per_token,
+        "moe_ffn_hidden_size": architecture.expert_ffn,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        # The chosen experts' probabilities, renormalised, are the softmax of their logits alone.
+        "moe_router_pre_softmax": not architecture.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+    }
 
 
 def build_model(hf_config: dict[str, Any], config: TransformerConfig) -> GPTModel | Float16Module:
@@ -175,34 +203,46 @@ def build_model(hf_config: dict[str, Any], config: TransformerConfig) -> GPTMode
         hf_config: config.json.
         config: from `transformer_config`; megatron-core's parallel state is initialised.
     """
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    architecture = Architecture.of(hf_config)
+    layer = get_gpt_layer_local_spec(num_experts=architecture.experts or None, normalization="RMSNorm")
     attention = layer.submodules.self_attention
+    head_norm = RMSNorm if architecture.qk_norm else IdentityOp
     layer.submodules = dataclasses.replace(
         layer.submodules,
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
         self_attention=dataclasses.replace(
-            attention, submodules=dataclasses.replace(attention.submodules, core_attention=CausalAttention)
+            attention,
+            submodules=dataclasses.replace(
+                attention.submodules,
+                core_attention=CausalAttention,
+                q_layernorm=head_norm,
+                k_layernorm=head_norm,
+            ),
         ),
-        # Our checkpoints name norms as Transformer Engine's fused layers do not: keep the plain names.
-        sharded_state_dict_keys_map={},
+        # Checkpoints name norms as Transformer Engine's layers do, which fuse a norm with the matrix behind it.
+        sharded_state_dict_keys_map={
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            **({} if architecture.experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}),
+        },
     )
     block = TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
     )
-    rope = _rope(hf_config)
     model = GPTModel(
         config=config,
         transformer_layer_spec=block,
-        vocab_size=padded_vocab_size(hf_config["vocab_size"], config.tensor_model_parallel_size),
-        max_sequence_length=hf_config.get("max_position_embeddings", 4096),
+        vocab_size=architecture.padded_vocab(config.tensor_model_parallel_size),
+        max_sequence_length=architecture.max_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         parallel_output=True,
-        share_embeddings_and_output_weights=bool(hf_config.get("tie_word_embeddings", False)),
+        share_embeddings_and_output_weights=architecture.tied,
         position_embedding_type="rope",
-        rotary_base=rope.get("rope_theta", hf_config.get("rope_theta", 10000.0)),
     )
+    # megatron-core's own scaling fixes three of llama3's four parameters.
+    device = torch.cuda.current_device()
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture.rope, architecture.head).to(device)
     _mark_tensor_parallel(model)
     model.to(torch.cuda.current_device())
     return Float16Module(config, model) if config.bf16 else model

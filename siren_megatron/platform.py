@@ -65,8 +65,10 @@ def install(local_rank: int | None = None) -> Platform:
         if local_rank is None:
             local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank)
+        _name_missing_kernels()
         return Platform(torch.device("cuda", local_rank), "nccl")
     _point_cuda_at_cpu()
+    _name_missing_kernels()
     return Platform(torch.device("cpu"), "gloo")
 
 
@@ -85,6 +87,14 @@ def init_process_group(platform: Platform, timeout_s: float) -> None:
     dist.init_process_group(platform.backend, timeout=datetime.timedelta(seconds=timeout_s))
 
 
+def _name_missing_kernels() -> None:
+    """megatron-core's router asks whether a Transformer Engine kernel is None, and without it has no such name."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 class _NullStream:
     """Stands for a CUDA stream or event where there is one queue only: the CPU's own order."""
 
@@ -100,7 +110,10 @@ class _NullStream:
     def _nothing(self, *args, **kwargs):
         return None
 
-    wait_stream = wait_event = record = record_event = wait = synchronize = _nothing
+    wait_stream = wait_event = record = wait = synchronize = _nothing
+
+    def record_event(self, event=None):
+        return event or _NullStream()
 
     def query(self):
         return True
@@ -161,6 +174,14 @@ def _point_cuda_at_cpu() -> None:
     from megatron.core.tensor_parallel import random
 
     random._set_cuda_rng_state = _nothing()
+
+    # The experts' all-to-all takes its split sizes as numbers, which they become on their way off a GPU.
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def to_cpu(tensor, as_numpy=False, record_stream=False):
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
 
 
 def _import_megatron_uncompiled() -> None:

@@ -25,9 +25,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from siren_megatron import conversion, grpo, siren
+from siren_megatron import grpo, siren
 from siren_megatron.batch import TrainBatch
 from siren_megatron.config import Config
+from siren_megatron.conversion import live
 from siren_megatron.correction import rollout_correction
 from siren_megatron.entropy_control import EntropyControl, EntropyStep
 from siren_megatron.entropy_methods import entropy_loss
@@ -44,6 +45,7 @@ def initialize_model_parallel(config: Config) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        expert_model_parallel_size=config.parallel.expert_model_parallel_size,
     )
     torch.manual_seed(config.train.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
@@ -62,7 +64,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, hf_config: dict[str, Any], platform: Platform):
-        check_architecture(hf_config)
+        check_architecture(hf_config, config.train.seq_length)
         self.config, self.hf_config, self.device = config, hf_config, platform.device
         self.vocab_size = hf_config["vocab_size"]
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
@@ -71,7 +73,7 @@ class Trainer:
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
         model_config = transformer_config(hf_config, config.parallel, platform, bf16=config.model.bf16)
         self.module = build_model(hf_config, model_config)
-        conversion.load_hf_weights(self.module, config.model.hf_checkpoint, hf_config)
+        live.load_hf_weights(self.module, config.model.hf_checkpoint, hf_config)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=config.model.bf16,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
@@ -315,11 +317,11 @@ class Trainer:
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """A collective: whole tensors under Hugging Face names, on rank 0 only."""
-        return conversion.iterate_hf_weights(self.model, self.hf_config)
+        return live.iterate_hf_weights(self.model, self.hf_config)
 
     def export(self, target: Path) -> None:
         """A collective: write the policy as a Hugging Face checkpoint."""
-        conversion.export_hf_checkpoint(self.model, self.config.model.hf_checkpoint, self.hf_config, target)
+        live.export_hf_checkpoint(self.model, self.config.model.hf_checkpoint, self.hf_config, target)
 
     def _rows_of_this_rank(self, num_responses: int) -> slice:
         share = num_responses // self.dp_group.size()

@@ -1,0 +1,82 @@
+"""What the ranks of `test_families` do: build a family's model in a layout, and return what it computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from siren_megatron.config import ParallelOptions
+
+TOKENS = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(11))
+"""[responses, tokens]; longer than the llama3 test's original length, so that scaling shows."""
+
+
+def build(checkpoint: Path, options: dict[str, Any], *, bf16: bool = False):
+    """This rank's stage with megatron-core's groups set up, and its configuration; weights not yet loaded."""
+    import json
+
+    from megatron.core import parallel_state, tensor_parallel
+
+    from siren_megatron import platform
+    from siren_megatron.model import build_model, transformer_config
+
+    device = platform.install()
+    parallel = ParallelOptions(**options)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+    )
+    torch.manual_seed(1)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    hf_config = json.loads((checkpoint / "config.json").read_text())
+    config = transformer_config(hf_config, parallel, device, bf16=bf16)
+    return build_model(hf_config, config), config, hf_config
+
+
+def logits_of(model, config) -> torch.Tensor | None:
+    """Whole logits [responses, tokens, padded vocabulary] of TOKENS, on the last pipeline stage."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    model.eval()
+    positions = torch.arange(TOKENS.size(1)).expand_as(TOKENS)
+
+    def forward_step(data_iterator, stage):
+        output = stage(input_ids=TOKENS, position_ids=positions, attention_mask=None)
+        return output, lambda logits, non_loss_data=True: logits
+
+    with torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter([None]),
+            model=model,
+            num_microbatches=1,
+            seq_length=TOKENS.size(1),
+            micro_batch_size=TOKENS.size(0),
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        if not parallel_state.is_pipeline_last_stage():
+            return None
+        group = parallel_state.get_tensor_model_parallel_group()
+        return tensor_parallel.gather_from_tensor_model_parallel_region(outputs[0].float(), group=group)
+
+
+def forward_and_gather(rank: int, world_size: int, jobs: list[tuple[Path, dict[str, Any]]]):
+    """For `run_ranks`: for each (checkpoint, layout) the logits (None off the last stage) and rank 0's weights."""
+    from megatron.core import parallel_state
+
+    from siren_megatron.conversion.live import iterate_hf_weights, load_hf_weights
+
+    results = []
+    for checkpoint, options in jobs:
+        model, config, hf_config = build(checkpoint, options)
+        load_hf_weights(model, checkpoint, hf_config)
+        logits = logits_of(model, config)
+        weights = {name: tensor.clone() for name, tensor in iterate_hf_weights(model, hf_config)}
+        results.append((logits, weights))
+        parallel_state.destroy_model_parallel()
+    return results
