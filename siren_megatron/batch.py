@@ -91,6 +91,11 @@ class TrainBatch:
     def rows(self, start: int, stop: int) -> TrainBatch:
         return TrainBatch(*(getattr(self, f.name)[start:stop] for f in dataclasses.fields(self)))
 
+    def select(self, rows: Sequence[int]) -> TrainBatch:
+        """The rows of the given numbers, in that order."""
+        index = torch.tensor(rows, device=self.tokens.device)
+        return TrainBatch(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+
     def trimmed(self, multiple: int) -> TrainBatch:
         """The same rows without the padding that they all share.
 

@@ -29,9 +29,11 @@ def _metadata() -> dict[str, Any]:
 
 def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
     metadata = _metadata()
-    model = trainer.module.sharded_state_dict(metadata=metadata)
+    model = {
+        f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(trainer.chunks)
+    }
     optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-    return {"model": model, "optimizer": optimizer}
+    return {**model, "optimizer": optimizer}
 
 
 def _prepare_torch_adam(optimizer: Any) -> None:
@@ -112,7 +114,8 @@ def load_checkpoint(directory: Path, trainer: Trainer) -> dict[str, Any]:
     _prepare_torch_adam(trainer.optimizer)
     content = _sharded_state(trainer, is_loading=True)
     loaded = dist_checkpointing.load(content, str(directory / pointer.read_text().strip()))
-    trainer.module.load_state_dict(loaded["model"])
+    for i, chunk in enumerate(trainer.chunks):
+        chunk.load_state_dict(loaded[f"model{i}"])
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     _unshare_steps(trainer.optimizer)
     trainer.scheduler.load_state_dict(loaded["scheduler"])

@@ -32,16 +32,38 @@ class ModelOptions:
 class ParallelOptions:
     tensor_model_parallel_size: int = option(1, "ranks that share each layer and the vocabulary", minimum=1)
     pipeline_model_parallel_size: int = option(1, "pipeline stages the layers are cut into", minimum=1)
+    num_virtual_stages_per_pipeline_rank: int = option(
+        1, "chunks of each pipeline rank, computed interleaved; 1 = plain pipeline", minimum=1
+    )
+    context_parallel_size: int = option(1, "ranks that share each sequence", minimum=1)
     expert_model_parallel_size: int = option(1, "ranks that share each layer's experts", minimum=1)
     sequence_parallel: bool = option(False, "shard activations between layers over the tensor ranks")
     use_distributed_optimizer: bool = option(True, "shard optimizer states over the data-parallel ranks")
+    recompute_granularity: str = option(
+        "none",
+        "activations computed again in the backward pass: none, of attention, or of whole layers",
+        choices=("none", "selective", "full"),
+    )
+    recompute_num_layers: int = option(1, "layers of one unit of full recomputation", minimum=1)
     distributed_timeout_minutes: float = option(10.0, "a collective waits this many minutes", above=0)
+
+    @property
+    def virtual_stages(self) -> int | None:
+        """Chunks of a pipeline rank, None for the plain schedule (megatron-core's convention)."""
+        chunks = self.num_virtual_stages_per_pipeline_rank
+        return chunks if chunks > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     num_steps: int = option(60, "rollout steps to train, in all (a resumed run counts from 0)", minimum=1)
     micro_batch_size: int = option(8, "responses of one forward pass on one rank", minimum=1)
+    max_tokens_per_microbatch: int = option(
+        0,
+        "pack sequences without padding into micro-batches of at most this many tokens; "
+        "0 = padded micro-batches of --micro-batch-size",
+        minimum=0,
+    )
     global_batch_size: int = option(64, "responses of one optimizer step, over all ranks", minimum=1)
     seq_length: int = option(4096, "most tokens of prompt + response", minimum=2)
     lr: float = option(1e-6, "peak learning rate of AdamW", above=0)
@@ -153,7 +175,10 @@ class Config:
 
     @property
     def model_parallel_size(self) -> int:
-        return self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size
+        """Ranks that hold one replica's share of a micro-batch together (tensor x pipeline x context)."""
+        parallel = self.parallel
+        model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        return model * parallel.context_parallel_size
 
     @property
     def logprob_tolerance(self) -> float:
@@ -259,28 +284,60 @@ def _check_batches(config: Config, world_size: int | None) -> None:
             f"--global-batch-size {train.global_batch_size} does not divide the {responses} responses of "
             "--rollout-batch-size x --rollout-num-samples"
         )
-    if train.global_batch_size % train.micro_batch_size:
+    packed = train.max_tokens_per_microbatch
+    if packed and packed < train.seq_length:
+        raise ValueError(
+            f"--max-tokens-per-microbatch {packed} is less than --seq-length {train.seq_length}: a sequence may "
+            "not fit"
+        )
+    if not packed and train.global_batch_size % train.micro_batch_size:
         raise ValueError(
             f"--micro-batch-size {train.micro_batch_size} does not divide "
             f"--global-batch-size {train.global_batch_size}"
         )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ValueError("--sequence-parallel needs --tensor-model-parallel-size of at least 2")
+    if parallel.virtual_stages and parallel.pipeline_model_parallel_size == 1:
+        raise ValueError(
+            "--num-virtual-stages-per-pipeline-rank needs --pipeline-model-parallel-size of at least 2"
+        )
+    if parallel.recompute_num_layers > 1 and parallel.recompute_granularity != "full":
+        raise ValueError("--recompute-num-layers needs --recompute-granularity full")
     if world_size is None:
         if "WORLD_SIZE" not in os.environ and config.run.check:
             return
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    size = config.model_parallel_size
+    _check_ranks(config, world_size)
+
+
+def _check_ranks(config: Config, world_size: int) -> None:
+    train, parallel, size = config.train, config.parallel, config.model_parallel_size
     if world_size % size:
         raise ValueError(
-            f"--tensor-model-parallel-size x --pipeline-model-parallel-size = {size} does not divide the "
-            f"{world_size} rank(s) of the job; start it with torchrun --nproc-per-node {size}"
+            "--tensor-model-parallel-size x --pipeline-model-parallel-size x --context-parallel-size = "
+            f"{size} does not divide the {world_size} rank(s) of the job; start it with torchrun "
+            f"--nproc-per-node {size}"
         )
-    per_rank = train.micro_batch_size * (world_size // size)
+    data_ranks = world_size // size
+    experts = parallel.expert_model_parallel_size
+    if (data_ranks * parallel.context_parallel_size) % experts:
+        raise ValueError(
+            f"--expert-model-parallel-size {experts} does not divide the "
+            f"{data_ranks * parallel.context_parallel_size} rank(s) that hold the same layers"
+        )
+    if train.max_tokens_per_microbatch:
+        return
+    per_rank = train.micro_batch_size * data_ranks
     if train.global_batch_size % per_rank:
         raise ValueError(
-            f"--micro-batch-size {train.micro_batch_size} x {world_size // size} data-parallel rank(s) does "
+            f"--micro-batch-size {train.micro_batch_size} x {data_ranks} data-parallel rank(s) does "
             f"not divide --global-batch-size {train.global_batch_size}"
+        )
+    stages = parallel.pipeline_model_parallel_size
+    if parallel.virtual_stages and train.global_batch_size // per_rank % stages:
+        raise ValueError(
+            f"--num-virtual-stages-per-pipeline-rank wants a multiple of --pipeline-model-parallel-size {stages} "
+            f"micro-batches, got {train.global_batch_size // per_rank}"
         )
 
 
@@ -320,8 +377,10 @@ def _check_architecture(config: Config, architecture: dict[str, Any]) -> None:
         "intermediate_size": (architecture.get("intermediate_size", 0), "--tensor-model-parallel-size", tp),
         "num_hidden_layers": (
             architecture.get("num_hidden_layers", 0),
-            "--pipeline-model-parallel-size",
-            pp,
+            "--pipeline-model-parallel-size x --num-virtual-stages-per-pipeline-rank"
+            if config.parallel.virtual_stages
+            else "--pipeline-model-parallel-size",
+            pp * config.parallel.num_virtual_stages_per_pipeline_rank,
         ),
     }
     for key, (value, option_flag, size) in divided.items():

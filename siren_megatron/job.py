@@ -281,7 +281,7 @@ class Job:
         batch = None
         if self.is_main:
             # One response for each row of the smallest batch that every data-parallel rank has a share of.
-            rows = self.config.train.micro_batch_size * self.trainer.dp_group.size()
+            rows = self.trainer.smallest_batch
             prompt = self.dataset.prompts[self.step % len(self.dataset)]
             groups = self.client.generate(
                 [prompt.token_ids],

@@ -1,8 +1,5 @@
 """Hugging Face config -> TransformerConfig -> megatron-core GPTModel, with layers that run on CPU and CUDA.
 
-Legend: s = sequence length, b = micro-batch, h = hidden size, np = attention heads of this tensor rank,
-ng = key-value heads of this rank, hn = head size.
-
 megatron-core's local attention materialises s x s scores and knows no grouped-query kernel, and its local
 norm refuses sequence parallelism; the layer spec here brings its own of both.
 """
@@ -30,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from siren_megatron.architecture import Architecture, Rope
+from siren_megatron.attention import CausalAttention
 from siren_megatron.config import ParallelOptions
 from siren_megatron.platform import Platform
 
@@ -53,36 +51,6 @@ class RMSNorm(torch.nn.Module):
         return torch.nn.functional.rms_norm(x.float(), (x.size(-1),), self.weight.float(), self.eps).to(
             x.dtype
         )
-
-
-class CausalAttention(torch.nn.Module):
-    """Megatron's core-attention interface on `scaled_dot_product_attention`: causal, grouped-query.
-
-    Rows are padded on the right only, so the causal mask alone keeps real tokens from seeing padding.
-    """
-
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_):
-        super().__init__()
-        self.softmax_scale = softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        attn_mask_type: Any = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
-    ) -> Tensor:
-        """query [s, b, np, hn], key and value [s, b, ng, hn] -> [s, b, np·hn]."""
-        assert packed_seq_params is None and attention_bias is None
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        grouped = key.size(1) != query.size(1)
-        context = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
-        )
-        return context.permute(2, 0, 1, 3).reshape(context.size(2), context.size(0), -1)
 
 
 def check_architecture(hf_config: dict[str, Any], seq_length: int = 0) -> None:
@@ -162,6 +130,8 @@ def transformer_config(
         bf16=bf16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_stages,
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         # Every weight is loaded from the checkpoint; initialising it first would be time thrown away.
         perform_initialization=False,
@@ -172,13 +142,28 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
-        # gloo mixes up several sends between two ranks, and frees tensors that are still being sent.
-        batch_p2p_comm=platform.is_cuda,
+        # gloo mixes up several sends between two ranks, and frees tensors that are still being sent; the
+        # interleaved schedule needs the overlapped form everywhere.
+        batch_p2p_comm=platform.is_cuda and parallel.virtual_stages is None,
+        overlap_p2p_comm=parallel.virtual_stages is not None,
         deallocate_pipeline_outputs=platform.is_cuda,
         # Gradients are plain sums over micro-batches and ranks: see loss_func in trainer.py.
         calculate_per_token_loss=True,
+        **_recompute_options(parallel),
         **(_expert_options(architecture, parallel) if architecture.experts else {}),
     )
+
+
+def _recompute_options(parallel: ParallelOptions) -> dict[str, Any]:
+    if parallel.recompute_granularity == "none":
+        return {}
+    if parallel.recompute_granularity == "selective":
+        return {"recompute_granularity": "selective"}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": parallel.recompute_num_layers,
+    }
 
 
 def _expert_options(architecture: Architecture, parallel: ParallelOptions) -> dict[str, Any]:
@@ -196,13 +181,20 @@ def _expert_options(architecture: Architecture, parallel: ParallelOptions) -> di
     }
 
 
-def build_model(hf_config: dict[str, Any], config: TransformerConfig) -> GPTModel | Float16Module:
-    """This rank's stage of the model, weights not yet loaded.
+def build_model(hf_config: dict[str, Any], config: TransformerConfig) -> list[GPTModel | Float16Module]:
+    """This rank's chunks of the model (one without virtual stages), weights not yet loaded.
 
     Args:
         hf_config: config.json.
         config: from `transformer_config`; megatron-core's parallel state is initialised.
     """
+    stages = config.virtual_pipeline_model_parallel_size
+    return [_build_chunk(hf_config, config, stage) for stage in ([None] if stages is None else range(stages))]
+
+
+def _build_chunk(
+    hf_config: dict[str, Any], config: TransformerConfig, virtual_stage: int | None
+) -> GPTModel | Float16Module:
     architecture = Architecture.of(hf_config)
     layer = get_gpt_layer_local_spec(num_experts=architecture.experts or None, normalization="RMSNorm")
     attention = layer.submodules.self_attention
@@ -227,15 +219,16 @@ def build_model(hf_config: dict[str, Any], config: TransformerConfig) -> GPTMode
         },
     )
     block = TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+        layer_specs=[layer] * get_num_layers_to_build(config, virtual_stage), layer_norm=RMSNorm
     )
     model = GPTModel(
         config=config,
         transformer_layer_spec=block,
         vocab_size=architecture.padded_vocab(config.tensor_model_parallel_size),
         max_sequence_length=architecture.max_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
+        vp_stage=virtual_stage,
         parallel_output=True,
         share_embeddings_and_output_weights=architecture.tied,
         position_embedding_type="rope",

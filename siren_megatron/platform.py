@@ -201,7 +201,7 @@ def _on_cpu(factory, cpu):
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs["device"] = cpu
-            kwargs.pop("pin_memory", None)
+        kwargs.pop("pin_memory", None)  # there is no allocator of pinned memory either
         return factory(*args, **kwargs)
 
     return on_cpu

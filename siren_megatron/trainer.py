@@ -1,7 +1,7 @@
 """The policy on megatron-core: log-prob pass, update, and the one block that holds all loss scaling.
 
 Legend: N = responses of an optimizer step (over all ranks), B = responses of a micro-batch, S = padded
-length, T = response tokens of a micro-batch, V = vocabulary, tp = tensor-parallel size.
+length, T = tokens of a packed micro-batch, V = vocabulary, tp and cp = tensor- and context-parallel size.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from siren_megatron import grpo, siren
+from siren_megatron.attention import sum_over_context
 from siren_megatron.batch import TrainBatch
 from siren_megatron.config import Config
 from siren_megatron.conversion import live
@@ -33,6 +34,15 @@ from siren_megatron.correction import rollout_correction
 from siren_megatron.entropy_control import EntropyControl, EntropyStep
 from siren_megatron.entropy_methods import entropy_loss
 from siren_megatron.grpo import LossScale, PolicyLossOptions
+from siren_megatron.microbatch import (
+    ContextShare,
+    MicroBatch,
+    contiguous_rows,
+    packed_lengths,
+    packed_micro_batch,
+    packed_rows,
+    padded_micro_batch,
+)
 from siren_megatron.model import build_model, check_architecture, transformer_config
 from siren_megatron.platform import Platform
 from siren_megatron.reference import ReferenceWeights
@@ -42,10 +52,13 @@ from siren_megatron.vocab_parallel.top_two import vocab_parallel_top_two_gap
 
 def initialize_model_parallel(config: Config) -> None:
     """megatron-core's process groups and RNG states; torch's process group is up."""
+    parallel = config.parallel
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
-        expert_model_parallel_size=config.parallel.expert_model_parallel_size,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_stages,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
     )
     torch.manual_seed(config.train.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
@@ -70,16 +83,18 @@ class Trainer:
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.dp_group = parallel_state.get_data_parallel_group()
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
-        self.is_last_stage = parallel_state.is_pipeline_last_stage()
+        self.cp_group = parallel_state.get_context_parallel_group()
+        self.share = ContextShare(self.cp_group.rank(), self.cp_group.size())
+        self.is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         model_config = transformer_config(hf_config, config.parallel, platform, bf16=config.model.bf16)
-        self.module = build_model(hf_config, model_config)
-        live.load_hf_weights(self.module, config.model.hf_checkpoint, hf_config)
+        self.chunks = build_model(hf_config, model_config)
+        live.load_hf_weights(self.chunks, config.model.hf_checkpoint, hf_config)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=config.model.bf16,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         )
-        self.model = DistributedDataParallel(model_config, ddp_config, self.module)
-        self.optimizer = get_megatron_optimizer(self._optimizer_config(), [self.model])
+        self.model = [DistributedDataParallel(model_config, ddp_config, chunk) for chunk in self.chunks]
+        self.optimizer = get_megatron_optimizer(self._optimizer_config(), self.model)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -98,10 +113,11 @@ class Trainer:
         )
         self.policy_options = _policy_loss_options(config)
         # Before a checkpoint of the run is loaded: the reference is the policy that --hf-checkpoint holds.
-        self.reference = ReferenceWeights(self.model.parameters()) if config.grpo.grpo_kl_coeff else None
+        self.reference = ReferenceWeights(p for chunk in self.chunks for p in chunk.parameters()) if config.grpo.grpo_kl_coeff else None
         model_config.finalize_model_grads_func = finalize_model_grads
         model_config.grad_scale_func = self.optimizer.scale_loss
-        model_config.no_sync_func = self.model.no_sync
+        no_sync = [model.no_sync for model in self.model]
+        model_config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
 
     def _optimizer_config(self) -> OptimizerConfig:
         train = self.config.train
@@ -120,50 +136,60 @@ class Trainer:
 
     # ---------------------------------------------------------------- forward
 
-    def forward_step(self, data_iterator: Iterator[TrainBatch], model: torch.nn.Module, loss_func: Any):
+    def forward_step(self, data_iterator: Iterator[MicroBatch], model: torch.nn.Module, loss_func: Any):
         """Megatron's contract: one micro-batch -> (output tensor, function of it on the last stage)."""
-        batch = next(data_iterator)
-        position_ids = torch.arange(batch.tokens.size(1), device=self.device).expand_as(batch.tokens)
+        micro = next(data_iterator)
         # Logits stay in the model's precision: the vocabulary operation sums in higher precision itself.
         precision = {"fp32_output": False} if self.config.model.bf16 else {}
-        output = model(input_ids=batch.tokens, position_ids=position_ids, attention_mask=None, **precision)
-        return output, partial(loss_func, batch)
+        output = model(
+            input_ids=micro.tokens,
+            position_ids=micro.position_ids,
+            attention_mask=None,
+            packed_seq_params=micro.packed,
+            **precision,
+        )
+        return output, partial(loss_func, micro)
 
-    def token_stats(self, batch: TrainBatch, logits: Tensor, *, top_p: float) -> TokenStats:
+    def token_stats(self, micro: MicroBatch, logits: Tensor, *, top_p: float) -> TokenStats:
         """Log-prob, entropy and top-p entropy of the response tokens, under the sampling temperature.
 
         Args:
-            logits: [B, S, V/tp].
+            logits: [B, S/cp, V/tp], or [1, T/cp, V/tp] of a packed micro-batch.
             top_p: mass of the top-p mask.
 
         Returns:
             TokenStats of [B, S], 0 outside the responses.
         """
-        positions, selected = self._response_logits(batch, logits)
         stats = vocab_parallel_token_stats(
-            selected,
-            batch.labels.flatten()[positions],
+            self._response_logits(micro, logits),
+            micro.batch.labels.flatten()[micro.targets],
             top_p=top_p,
             top_p_boundary=self.config.entropy.entropy_top_p_boundary,
             vocab_size=self.vocab_size,
             tp_group=self.tp_group if self.tp_group.size() > 1 else None,
         )
-        return TokenStats(*(_scatter(s, positions, batch) for s in stats))
+        return TokenStats(*self._to_rows(micro, torch.stack(list(stats))))
 
-    def top_two_gap(self, batch: TrainBatch, logits: Tensor) -> Tensor:
+    def top_two_gap(self, micro: MicroBatch, logits: Tensor) -> Tensor:
         """Log-prob gap [B, S] of the two likeliest tokens, in nats, 0 outside the responses."""
-        positions, selected = self._response_logits(batch, logits)
         group = self.tp_group if self.tp_group.size() > 1 else None
+        selected = self._response_logits(micro, logits)
         gap = vocab_parallel_top_two_gap(selected, vocab_size=self.vocab_size, tp_group=group)
-        return _scatter(gap, positions, batch)
+        return self._to_rows(micro, gap.unsqueeze(0))[0]
 
-    def _response_logits(self, batch: TrainBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Flat positions [T] of the response tokens, and their logits [T, V/tp] over the temperature."""
-        positions = batch.loss_mask.flatten().nonzero().squeeze(1)
-        selected = logits.flatten(0, 1)[positions]
+    def _response_logits(self, micro: MicroBatch, logits: Tensor) -> Tensor:
+        """Logits [n, V/tp] of this context rank's response tokens, over the temperature."""
+        selected = logits.flatten(0, 1)[micro.sources]
         if self.config.rollout.rollout_temperature != 1.0:
             selected = selected / self.config.rollout.rollout_temperature
-        return positions, selected
+        return selected
+
+    def _to_rows(self, micro: MicroBatch, values: Tensor) -> Tensor:
+        """Values [k, n] of this context rank's response tokens -> [k, B, S] of all, 0 elsewhere."""
+        rows = micro.batch.tokens
+        empty = torch.zeros(values.size(0), rows.numel(), device=values.device)
+        placed = sum_over_context(empty.index_copy(1, micro.targets, values), self.cp_group)
+        return placed.view(-1, *rows.shape)
 
     @torch.no_grad()
     def compute_logprobs(self, batch: TrainBatch) -> TrainBatch:
@@ -173,9 +199,9 @@ class Trainer:
             batch: all responses of the rollout, the same on every rank.
         """
 
-        def collect(micro_batch: TrainBatch, logits: Tensor, non_loss_data: bool = True) -> list[Tensor]:
-            stats = [*self.token_stats(micro_batch, logits, top_p=self.config.entropy.entropy_top_p)]
-            return [*stats, self.top_two_gap(micro_batch, logits)] if self.entropy.method.uses_gap else stats
+        def collect(micro: MicroBatch, logits: Tensor, non_loss_data: bool = True) -> list[Tensor]:
+            stats = [*self.token_stats(micro, logits, top_p=self.config.entropy.entropy_top_p)]
+            return [*stats, self.top_two_gap(micro, logits)] if self.entropy.method.uses_gap else stats
 
         names = ["old_logprobs", "entropy", "top_p_entropy"] + ["top_two_gap"] * self.entropy.method.uses_gap
         return batch.replace(**dict(zip(names, self._collect(batch, collect, len(names)), strict=True)))
@@ -184,19 +210,20 @@ class Trainer:
     def compute_ref_logprobs(self, batch: TrainBatch) -> TrainBatch:
         """Fill in ref_logprobs, by the same pass with the reference's weights in the policy's place."""
 
-        def collect(micro_batch: TrainBatch, logits: Tensor, non_loss_data: bool = True) -> list[Tensor]:
-            return [self.token_stats(micro_batch, logits, top_p=1.0).logprobs]
+        def collect(micro: MicroBatch, logits: Tensor, non_loss_data: bool = True) -> list[Tensor]:
+            return [self.token_stats(micro, logits, top_p=1.0).logprobs]
 
         with self.reference.swapped_in():
             return batch.replace(ref_logprobs=self._collect(batch, collect, 1)[0])
 
     def _collect(self, batch: TrainBatch, collect: Any, count: int) -> Tensor:
         """A forward pass over all rows: what `collect` returns, [count, N, S] on every rank."""
-        rows = self._rows_of_this_rank(batch.num_responses)
-        outputs = self._run_schedule(batch, rows, collect, forward_only=True, collect_non_loss_data=True)
+        micro_batches, rows = self._micro_batches(batch)
+        outputs = self._run_schedule(micro_batches, collect, forward_only=True, collect_non_loss_data=True)
         values = torch.zeros(count, *batch.tokens.shape, device=self.device)
         if self.is_last_stage:
-            values[:, rows] = torch.stack([torch.cat(tensors) for tensors in zip(*outputs, strict=True)])
+            for indices, tensors in zip(rows, outputs, strict=True):
+                values[:, indices] = torch.stack(tensors)
             dist.all_reduce(values, group=self.dp_group)
         self._broadcast_from_last_stage(values)
         return values
@@ -266,10 +293,10 @@ class Trainer:
             batch, now, anchor=entropy_anchor, step=step, index=index, policy_options=self.policy_options
         )
         loss_func = partial(self.loss_func, scale, entropy_step)
-        self.model.zero_grad_buffer()
+        for model in self.model:
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        rows = self._rows_of_this_rank(batch.num_responses)
-        outputs = self._run_schedule(batch, rows, loss_func)
+        outputs = self._run_schedule(self._micro_batches(batch)[0], loss_func)
         # Step k of the warm-up uses lr·k/warm-up: the first update is not thrown away.
         self.scheduler.step(1)
         _, grad_norm, _ = self.optimizer.step()
@@ -279,12 +306,12 @@ class Trainer:
         return {**metrics, **self.entropy.end(entropy_step, metrics)}
 
     def loss_func(
-        self, scale: LossScale, entropy_step: EntropyStep, batch: TrainBatch, logits: Tensor
+        self, scale: LossScale, entropy_step: EntropyStep, micro: MicroBatch, logits: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Megatron's contract on the last stage: logits [B, S, V/tp] -> (loss, 0, metrics)."""
-        config, control = self.config, self.entropy
+        """Megatron's contract on the last stage: logits of a micro-batch -> (loss, 0, metrics)."""
+        config, control, batch = self.config, self.entropy, micro.batch
         top_p = config.entropy.entropy_top_p if control.method.uses_top_p else 1.0
-        stats = self.token_stats(batch, logits, top_p=top_p)
+        stats = self.token_stats(micro, logits, top_p=top_p)
         loss, metrics = grpo.policy_loss(
             stats.logprobs,
             batch.old_logprobs,
@@ -303,6 +330,7 @@ class Trainer:
         # ALL LOSS SCALING. `loss` is this micro-batch's share of a sum over the whole optimizer step: its
         # denominators are the global counts in `scale`. So Megatron must add and never average:
         # - micro-batches: with calculate_per_token_loss the schedule does not divide by their number;
+        # - context ranks compute the same loss from all tokens' statistics, and each sends gradients to its own;
         # - data-parallel ranks: with calculate_per_token_loss DDP sums gradients (factor 1, not 1/dp);
         # - "tokens" is 0, so that finalize_model_grads does not divide by a token count either;
         # - tensor ranks hold the same loss; its gradient is made whole by the layers' own collectives.
@@ -312,32 +340,50 @@ class Trainer:
 
     @property
     def length_multiple(self) -> int:
-        """S is a multiple of this: of 8 for speed, of tp for sequence parallelism."""
-        return math.lcm(8, self.config.parallel.tensor_model_parallel_size)
+        """S and T are multiples of this: of 8 for speed, of 2·cp pieces that tp ranks can share."""
+        parallel = self.config.parallel
+        return math.lcm(8, 2 * parallel.context_parallel_size * parallel.tensor_model_parallel_size)
+
+    @property
+    def smallest_batch(self) -> int:
+        """Fewest responses that a forward pass takes: a micro-batch for every data-parallel rank."""
+        rows = 1 if self.config.train.max_tokens_per_microbatch else self.config.train.micro_batch_size
+        return rows * self.dp_group.size() * (self.pp_group.size() if len(self.model) > 1 else 1)
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """A collective: whole tensors under Hugging Face names, on rank 0 only."""
-        return live.iterate_hf_weights(self.model, self.hf_config)
+        return live.iterate_hf_weights(self.chunks, self.hf_config)
 
     def export(self, target: Path) -> None:
         """A collective: write the policy as a Hugging Face checkpoint."""
-        live.export_hf_checkpoint(self.model, self.config.model.hf_checkpoint, self.hf_config, target)
+        live.export_hf_checkpoint(self.chunks, self.config.model.hf_checkpoint, self.hf_config, target)
 
-    def _rows_of_this_rank(self, num_responses: int) -> slice:
-        share = num_responses // self.dp_group.size()
-        start = self.dp_group.rank() * share
-        return slice(start, start + share)
+    def _micro_batches(self, batch: TrainBatch) -> tuple[list[MicroBatch], list[list[int]]]:
+        """This rank's micro-batches of the rows of `batch`, and which rows each of them holds."""
+        train, rank, ranks = self.config.train, self.dp_group.rank(), self.dp_group.size()
+        if not train.max_tokens_per_microbatch:
+            rows = contiguous_rows(batch.num_responses, train.micro_batch_size, rank, ranks)
+            return [padded_micro_batch(batch.select(r), self.share) for r in rows], rows
+        lengths = packed_lengths(batch, self.share.size)
+        multiple = self.pp_group.size() if len(self.model) > 1 else 1
+        packs = packed_rows(lengths, train.max_tokens_per_microbatch, ranks, multiple=multiple)
+        # One length for all of a schedule: pipeline stages then need not tell each other theirs.
+        longest = max(sum(lengths[i] for i in pack) for of_rank in packs for pack in of_rank)
+        total = -(-longest // self.length_multiple) * self.length_multiple
+        rows = packs[rank]
+        return [packed_micro_batch(batch.select(r), total, self.share) for r in rows], rows
 
-    def _run_schedule(self, batch: TrainBatch, rows: slice, loss_func: Any, **options: Any) -> list[Any]:
-        size = self.config.train.micro_batch_size
-        micro_batches = [batch.rows(i, i + size) for i in range(rows.start, rows.stop, size)]
-        return get_forward_backward_func()(
+    def _run_schedule(self, micro_batches: list[MicroBatch], loss_func: Any, **options: Any) -> list[Any]:
+        rows, length = micro_batches[0].tokens.shape
+        iterators = [iter(micro_batches) for _ in self.model]
+        schedule = get_forward_backward_func(self.pp_group.size(), self.config.parallel.virtual_stages)
+        return schedule(
             forward_step_func=partial(self.forward_step, loss_func=loss_func),
-            data_iterator=iter(micro_batches),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.model,
             num_microbatches=len(micro_batches),
-            seq_length=batch.tokens.size(1),
-            micro_batch_size=size,
+            seq_length=length * self.share.size,
+            micro_batch_size=rows,
             **{"forward_only": False, **options},
         )
 
@@ -370,8 +416,3 @@ def _policy_loss_options(config: Config) -> PolicyLossOptions:
         kl_estimator=options.grpo_kl_estimator,
     )
 
-
-def _scatter(values: Tensor, positions: Tensor, batch: TrainBatch) -> Tensor:
-    """[T] at flat positions [T] -> [B, S], 0 elsewhere."""
-    empty = torch.zeros(batch.tokens.numel(), device=values.device)
-    return empty.index_copy(0, positions, values).view_as(batch.tokens)

@@ -9,26 +9,45 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.layouts import Layout, reference, train_layouts
 
 UPDATES = 5
-TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+VPP, PACKED = "num_virtual_stages_per_pipeline_rank", "max_tokens_per_microbatch"
+SP = {TP: 2, "sequence_parallel": True}
 LAYOUTS = {
     1: [
         Layout("micro-batch 1", {"micro_batch_size": 1}),
         Layout("micro-batch 2", {"micro_batch_size": 2}),
         Layout("micro-batch 4", {"micro_batch_size": 4}),
         Layout("plain optimizer", {"use_distributed_optimizer": False}),
+        Layout("packed", {PACKED: 64}),
+        Layout("full recomputation", {"recompute_granularity": "full"}),
+        Layout("selective recomputation", {"recompute_granularity": "selective"}),
     ],
     2: [
         Layout("TP=2", {TP: 2}),
-        Layout("TP=2, sequence parallel", {TP: 2, "sequence_parallel": True}),
+        Layout("TP=2 SP", SP),
+        Layout("TP=2 SP packed", {**SP, PACKED: 64}),
         Layout("PP=2", {PP: 2}),
-        Layout("PP=2, micro-batch 1", {PP: 2, "micro_batch_size": 1}),
+        Layout("PP=2 micro-batch 1", {PP: 2, "micro_batch_size": 1}),
+        Layout("PP=2 packed", {PP: 2, PACKED: 64}),
+        Layout("PP=2 VPP=2", {PP: 2, VPP: 2}),
+        Layout("PP=2 VPP=2 packed", {PP: 2, VPP: 2, PACKED: 64}),
+        Layout("CP=2", {CP: 2}),
+        Layout("CP=2 packed", {CP: 2, PACKED: 64}),
         Layout("DP=2", {}),
-        Layout("DP=2, plain optimizer", {"use_distributed_optimizer": False}),
+        Layout("DP=2 packed", {PACKED: 48}),
+        Layout("DP=2 plain optimizer", {"use_distributed_optimizer": False}),
     ],
     4: [
-        Layout("TP=2 x PP=2", {TP: 2, PP: 2}),
-        Layout("TP=2 x DP=2", {TP: 2, "sequence_parallel": True, "micro_batch_size": 2}),
+        Layout("TP=2 PP=2", {TP: 2, PP: 2}),
+        Layout("TP=2 SP DP=2", {**SP, "micro_batch_size": 2}),
         Layout("TP=4", {TP: 4}),
+        Layout("CP=4", {CP: 4}),
+        Layout("TP=2 SP CP=2", {**SP, CP: 2}),
+        Layout("TP=2 SP CP=2 packed, recomputed", {**SP, CP: 2, PACKED: 96, "recompute_granularity": "full"}),
+        Layout("PP=2 VPP=2 CP=2", {PP: 2, VPP: 2, CP: 2}),
+        Layout("PP=2 VPP=2 TP=2 SP", {PP: 2, VPP: 2, **SP}),
+        Layout("PP=2 DP=2 packed", {PP: 2, PACKED: 64}),
+        Layout("CP=2 DP=2 packed", {CP: 2, PACKED: 64}),
     ],
 }
 
@@ -37,7 +56,7 @@ LAYOUTS = {
 def test_updates_equal_a_float64_reference_in_every_layout(tmp_path, tied):
     checkpoint = make_random_checkpoint(tmp_path / "model", tie_word_embeddings=tied)
     expected, expected_weights = reference(checkpoint, UPDATES)
-    print(f"\n{'layout':28}{'loss':>12}{'grad norm':>12}{'weights':>12}   (largest relative difference)")
+    print(f"\n{'layout':34}{'loss':>12}{'grad norm':>12}{'weights':>12}   (largest relative difference)")
     for world_size, layouts in LAYOUTS.items():
         results = run_ranks(train_layouts, world_size, checkpoint, UPDATES, layouts, timeout=300)
         for layout, (history, weights), other in zip(layouts, results[0], results[-1], strict=True):
@@ -54,7 +73,7 @@ def test_updates_equal_a_float64_reference_in_every_layout(tmp_path, tied):
                 float((weights[name].double() - want).norm() / want.norm())
                 for name, want in expected_weights.items()
             )
-            print(f"{layout.name:28}{worst['loss/policy']:12.1e}{worst['grad_norm']:12.1e}{drift:12.1e}")
+            print(f"{layout.name:34}{worst['loss/policy']:12.1e}{worst['grad_norm']:12.1e}{drift:12.1e}")
             assert weights.keys() == expected_weights.keys()
             assert max(worst.values()) < 1e-4, f"{layout.name}: {worst}"
             assert drift < 1e-4, layout.name
