@@ -37,6 +37,9 @@ class ParallelOptions:
     )
     context_parallel_size: int = option(1, "ranks that share each sequence", minimum=1)
     expert_model_parallel_size: int = option(1, "ranks that share each layer's experts", minimum=1)
+    expert_tensor_parallel_size: int = option(
+        1, "ranks that share each expert; more than 1 needs NCCL (gloo cannot gather uneven shares)", minimum=1
+    )
     sequence_parallel: bool = option(False, "shard activations between layers over the tensor ranks")
     use_distributed_optimizer: bool = option(True, "shard optimizer states over the data-parallel ranks")
     recompute_granularity: str = option(
@@ -319,11 +322,12 @@ def _check_ranks(config: Config, world_size: int) -> None:
             f"--nproc-per-node {size}"
         )
     data_ranks = world_size // size
-    experts = parallel.expert_model_parallel_size
-    if (data_ranks * parallel.context_parallel_size) % experts:
+    experts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    same_layers = world_size // parallel.pipeline_model_parallel_size
+    if same_layers % experts:
         raise ValueError(
-            f"--expert-model-parallel-size {experts} does not divide the "
-            f"{data_ranks * parallel.context_parallel_size} rank(s) that hold the same layers"
+            f"--expert-model-parallel-size x --expert-tensor-parallel-size = {experts} does not divide the "
+            f"{same_layers} rank(s) that hold the same layers"
         )
     if train.max_tokens_per_microbatch:
         return

@@ -155,14 +155,18 @@ def packed_rows(
         ValueError: a row is longer than the budget, or there are too few rows for every micro-batch.
     """
     if max(lengths) > budget:
-        raise ValueError(f"--max-tokens-per-microbatch {budget} is less than a sequence of {max(lengths)} tokens")
+        raise ValueError(
+            f"--max-tokens-per-microbatch {budget} is less than a sequence of {max(lengths)} tokens"
+        )
     of_rank = _spread(range(len(lengths)), lengths, ranks)
     count = max(-(-sum(lengths[i] for i in rows) // budget) for rows in of_rank)
     while True:
         count = -(-count // multiple) * multiple
         packs = [_spread(rows, lengths, count) for rows in of_rank]
         if not all(all(pack) for pack in packs):
-            raise ValueError(f"{len(lengths)} responses are too few for {count} micro-batches on {ranks} rank(s)")
+            raise ValueError(
+                f"{len(lengths)} responses are too few for {count} micro-batches on {ranks} rank(s)"
+            )
         if all(sum(lengths[i] for i in pack) <= budget for rank in packs for pack in rank):
             return packs
         count += 1

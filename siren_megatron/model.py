@@ -107,8 +107,15 @@ def transformer_config(
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     architecture = Architecture.of(hf_config)
-    if architecture.experts and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
-        raise ValueError("a model of experts with --tensor-model-parallel-size needs --sequence-parallel")
+    if architecture.experts and parallel.tensor_model_parallel_size > 1:
+        if not parallel.sequence_parallel:
+            raise ValueError("a model of experts with --tensor-model-parallel-size needs --sequence-parallel")
+        if parallel.expert_model_parallel_size == 1 and parallel.expert_tensor_parallel_size == 1:
+            # megatron-core then takes the experts for dense layers, and leaves their gradients unsummed.
+            raise ValueError(
+                "a model of experts with --tensor-model-parallel-size needs --expert-model-parallel-size of "
+                "at least 2"
+            )
     return TransformerConfig(
         num_layers=architecture.layers,
         hidden_size=architecture.hidden,
@@ -172,6 +179,7 @@ def _expert_options(architecture: Architecture, parallel: ParallelOptions) -> di
         "moe_router_topk": architecture.experts_per_token,
         "moe_ffn_hidden_size": architecture.expert_ffn,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         # The chosen experts' probabilities, renormalised, are the softmax of their logits alone.
         "moe_router_pre_softmax": not architecture.norm_topk_prob,
         "moe_router_dtype": "fp32",

@@ -59,6 +59,7 @@ def initialize_model_parallel(config: Config) -> None:
         virtual_pipeline_model_parallel_size=parallel.virtual_stages,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
     )
     torch.manual_seed(config.train.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
@@ -113,7 +114,11 @@ class Trainer:
         )
         self.policy_options = _policy_loss_options(config)
         # Before a checkpoint of the run is loaded: the reference is the policy that --hf-checkpoint holds.
-        self.reference = ReferenceWeights(p for chunk in self.chunks for p in chunk.parameters()) if config.grpo.grpo_kl_coeff else None
+        self.reference = (
+            ReferenceWeights(p for chunk in self.chunks for p in chunk.parameters())
+            if config.grpo.grpo_kl_coeff
+            else None
+        )
         model_config.finalize_model_grads_func = finalize_model_grads
         model_config.grad_scale_func = self.optimizer.scale_loss
         no_sync = [model.no_sync for model in self.model]
@@ -415,4 +420,3 @@ def _policy_loss_options(config: Config) -> PolicyLossOptions:
         kl_coeff=options.grpo_kl_coeff if options.grpo_kl_in == "loss" else 0.0,
         kl_estimator=options.grpo_kl_estimator,
     )
-

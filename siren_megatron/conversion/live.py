@@ -86,43 +86,27 @@ def _tensor_group(place: Parameter) -> dist.ProcessGroup:
     return parallel_state.get_tensor_model_parallel_group()
 
 
-class _Holder(NamedTuple):
-    """A rank that has gathered parameters over its tensor ranks and hands them to rank 0.
+class _Held(NamedTuple):
+    """Parameters that one rank has gathered over its tensor ranks and hands to rank 0, in this order.
 
     Args:
         rank: its global rank.
-        places: parameters with their local shape and dtype, in the order they are handed over.
+        experts: whether these are the experts' parameters (they have tensor ranks of their own).
+        places: the parameters with their local shape and dtype.
     """
 
     rank: int
+    experts: bool
     places: list[tuple[Parameter, tuple[int, ...], torch.dtype]]
 
 
-def _holders(model: Model, architecture: Architecture) -> list[_Holder]:
-    """A collective: one holder for each pipeline stage and expert rank, stage by stage; the same everywhere.
-
-    Parameters that all expert ranks hold are handed over by the first of them only.
-    """
-    mine = None
-    if _is_gathering() and parallel_state.get_tensor_model_parallel_rank() == 0:
-        first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-        mine = _Holder(
-            dist.get_rank(),
-            [
-                (place, tuple(parameter.shape), parameter.dtype)
-                for place, parameter in local_parameters(model, architecture)
-                if (first or place.rule.per_expert)
-                and not (place.key == "output_layer.weight" and architecture.tied)
-            ],
-        )
-    everyone: list[_Holder | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return [holder for holder in everyone if holder is not None and holder.places]
-
-
-def _is_gathering() -> bool:
-    """Whether this rank holds the first copy of its experts, and so (if any does) of everything else."""
-    return parallel_state.get_expert_data_parallel_rank() == 0
+def _gathering_group(experts: bool) -> dist.ProcessGroup | None:
+    """The tensor ranks that this rank gathers with; None where another rank holds the same copy."""
+    if experts:
+        first = parallel_state.get_expert_data_parallel_rank() == 0
+        return parallel_state.get_expert_tensor_parallel_group() if first else None
+    first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    return parallel_state.get_tensor_model_parallel_group() if first else None
 
 
 @torch.no_grad()
@@ -133,51 +117,57 @@ def iterate_hf_weights(model: Model, hf_config: dict[str, Any]) -> Iterator[tupl
     is held at a time.
     """
     architecture = Architecture.of(hf_config)
-    holders = _holders(model, architecture)
-    rank = dist.get_rank()
-    if not _is_gathering():
-        return
-    first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-    local = [
-        (place, parameter.detach())
-        for place, parameter in local_parameters(model, architecture)
-        if (first or place.rule.per_expert) and not (place.key == "output_layer.weight" and architecture.tied)
+    groups = {experts: _gathering_group(experts) for experts in (False, True)}
+    local: dict[bool, list[tuple[Parameter, Tensor]]] = {False: [], True: []}
+    for place, parameter in local_parameters(model, architecture):
+        tied = place.key == "output_layer.weight" and architecture.tied
+        if groups[place.rule.per_expert] is not None and not tied:
+            local[place.rule.per_expert].append((place, parameter.detach()))
+    mine = [
+        _Held(dist.get_rank(), experts, [(place, tuple(p.shape), p.dtype) for place, p in local[experts]])
+        for experts, group in groups.items()
+        if group is not None and group.rank() == 0
     ]
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    my_holder = rank if tp_rank == 0 else dist.get_process_group_ranks(
-        parallel_state.get_tensor_model_parallel_group()
-    )[0]  # fmt: skip
-    for holder in holders:
-        if my_holder != holder.rank and rank != 0:
-            continue
-        for index, (place, shape, dtype) in enumerate(holder.places):
-            shards: list[Tensor] = []
-            if my_holder == holder.rank:
-                shards = _gather(*local[index])
-            count = (
-                1 if place.rule.cut == "replicated" else parallel_state.get_tensor_model_parallel_world_size()
-            )
-            if holder.rank != 0 and rank == holder.rank:
-                for shard in shards:
-                    dist.send(shard.contiguous(), dst=0)
-            elif holder.rank != 0 and rank == 0:
-                shards = [
-                    torch.empty(shape, dtype=dtype, device=torch.cuda.current_device()) for _ in range(count)
-                ]
-                for shard in shards:
-                    dist.recv(shard, src=holder.rank)
-            if rank == 0:
+    everyone: list[list[_Held]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    for held in (held for of_rank in everyone for held in of_rank):
+        group = groups[held.experts]
+        in_group = group is not None and dist.get_process_group_ranks(group)[0] == held.rank
+        for index, (place, shape, dtype) in enumerate(held.places):
+            shards = _gather(*local[held.experts][index], group) if in_group else []
+            if held.rank != 0:
+                shards = _hand_over(place, shards, shape, dtype, held)
+            if dist.get_rank() == 0:
                 yield from zip(place.sources(), join(place.rule, architecture, shards), strict=True)
 
 
-def _gather(place: Parameter, parameter: Tensor) -> list[Tensor]:
+def _gather(place: Parameter, parameter: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     """The shards of all tensor ranks, in rank order; of a replicated parameter this rank's."""
-    group = _tensor_group(place)
     if place.rule.cut == "replicated" or group.size() == 1:
         return [parameter]
     shards = [torch.empty_like(parameter) for _ in range(group.size())]
     dist.all_gather(shards, parameter.contiguous(), group=group)
     return shards
+
+
+def _hand_over(
+    place: Parameter, shards: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype, held: _Held
+) -> list[Tensor]:
+    """Send the shards from their holder to rank 0; the shards on rank 0."""
+    if dist.get_rank() == held.rank:
+        for shard in shards:
+            dist.send(shard.contiguous(), dst=0)
+    if dist.get_rank() != 0:
+        return []
+    count = 1
+    if place.rule.cut != "replicated" and held.experts:
+        count = parallel_state.get_expert_tensor_parallel_world_size()
+    elif place.rule.cut != "replicated":
+        count = parallel_state.get_tensor_model_parallel_world_size()
+    received = [torch.empty(shape, dtype=dtype, device=torch.cuda.current_device()) for _ in range(count)]
+    for shard in received:
+        dist.recv(shard, src=held.rank)
+    return received
 
 
 def companions(directory: Path) -> list[Path]:
@@ -192,7 +182,8 @@ def companions(directory: Path) -> list[Path]:
 def export_hf_checkpoint(model: Model, source: Path, hf_config: dict[str, Any], target: Path) -> None:
     """Write the model as a Hugging Face checkpoint, with the tokenizer and configs of the one it started from.
 
-    A collective. Written under a temporary name beside `target`, then renamed; an old `target` is replaced.
+    A collective. Written under a temporary name beside `target`, then renamed; an old `target` is
+    replaced.
 
     Args:
         source: the Hugging Face checkpoint the run started from.

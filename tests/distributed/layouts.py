@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from siren_megatron.batch import Sample, make_batch
 from siren_megatron.config import Config, read_hf_config
@@ -111,7 +112,9 @@ def reference(checkpoint: Path, updates: int) -> tuple[list[dict[str, float]], d
     from transformers import AutoModelForCausalLM
 
     config = config_of(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
     norms = [p for p in model.parameters() if p.dim() == 1]
     matrices = [p for p in model.parameters() if p.dim() > 1]
     optimizer = torch.optim.AdamW(
@@ -165,7 +168,10 @@ def reference(checkpoint: Path, updates: int) -> tuple[list[dict[str, float]], d
                 "lr": optimizer.param_groups[0]["lr"],
             }
         )
-    weights = copy.deepcopy(model).state_dict()
+    # Saved and read again: in memory transformers fuses tensors that its checkpoints keep apart.
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        weights = load_file(Path(directory) / "model.safetensors")
     if model.config.tie_word_embeddings:
-        del weights["lm_head.weight"]
+        weights.pop("lm_head.weight", None)
     return history, weights

@@ -80,7 +80,9 @@ def train_case(checkpoint: Path, layout: Layout, case: dict[str, Any]):
     from siren_megatron.trainer import Trainer, initialize_model_parallel
 
     device = platform.install()
-    config = config_of(checkpoint, **{"global_batch_size": 8, "lr": 1e-3, "lr_warmup_steps": 0, **layout.options, **case})
+    config = config_of(
+        checkpoint, **{"global_batch_size": 8, "lr": 1e-3, "lr_warmup_steps": 0, **layout.options, **case}
+    )
     initialize_model_parallel(config)
     trainer = Trainer(config, read_hf_config(checkpoint), device)
     samples, rewards = fixed_samples()
@@ -97,9 +99,7 @@ def train_case(checkpoint: Path, layout: Layout, case: dict[str, Any]):
             assert torch.equal(trainer.compute_logprobs(batch).old_logprobs, policy), "the policy is back"
         if anchor is None:
             anchor = trainer.entropy.measure(batch) + ANCHOR_OFFSET
-        batch = assign_advantages(
-            batch, config.grpo, group_size=GROUP_SIZE, max_response_length=MAX_RESPONSE
-        )
+        batch = assign_advantages(batch, config.grpo, group_size=GROUP_SIZE, max_response_length=MAX_RESPONSE)
         history.append(trainer.update(batch, anchor, step=step))
     weights = {name: tensor.clone() for name, tensor in trainer.hf_weights()}
     parallel_state.destroy_model_parallel()

@@ -51,13 +51,47 @@ LAYOUTS = {
     ],
 }
 
+EP = "expert_model_parallel_size"
+EXPERT_LAYOUTS = {
+    1: [Layout("one rank", {}), Layout("packed", {PACKED: 64})],
+    2: [
+        Layout("EP=2", {EP: 2}),
+        Layout("EP=2 packed", {EP: 2, PACKED: 64}),
+        Layout("EP=2 CP=2", {EP: 2, CP: 2}),
+        Layout("EP=2 TP=2 SP, one replica", {EP: 2, **SP}),
+        Layout("PP=2", {PP: 2}),
+        Layout("DP=2", {}),
+    ],
+    4: [
+        Layout("EP=2 TP=2 SP", {EP: 2, **SP}),
+        Layout("EP=4 TP=2 SP", {EP: 4, **SP}),
+        Layout("EP=4 packed", {EP: 4, PACKED: 64}),
+        Layout("EP=2 PP=2 VPP=2", {EP: 2, PP: 2, VPP: 2, "micro_batch_size": 2}),
+    ],
+}
+TIED_LAYOUTS = {
+    2: [
+        Layout("TP=2 SP packed", {**SP, PACKED: 64}),
+        Layout("PP=2", {PP: 2}),
+        Layout("PP=2 VPP=2 packed", {PP: 2, VPP: 2, PACKED: 64}),
+        Layout("PP=2 plain optimizer", {PP: 2, "use_distributed_optimizer": False}),
+    ],
+    4: [Layout("TP=2 PP=2", {TP: 2, PP: 2}), Layout("PP=2 CP=2", {PP: 2, CP: 2})],
+}
+MODELS = {
+    "dense": ("qwen2", LAYOUTS),
+    "tied embeddings": ("qwen2-tied", TIED_LAYOUTS),
+    "experts": ("qwen3-moe", EXPERT_LAYOUTS),
+}
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_updates_equal_a_float64_reference_in_every_layout(tmp_path, tied):
-    checkpoint = make_random_checkpoint(tmp_path / "model", tie_word_embeddings=tied)
+
+@pytest.mark.parametrize("model", MODELS)
+def test_updates_equal_a_float64_reference_in_every_layout(tmp_path, model):
+    family, layouts_by_ranks = MODELS[model]
+    checkpoint = make_random_checkpoint(tmp_path / "model", family)
     expected, expected_weights = reference(checkpoint, UPDATES)
     print(f"\n{'layout':34}{'loss':>12}{'grad norm':>12}{'weights':>12}   (largest relative difference)")
-    for world_size, layouts in LAYOUTS.items():
+    for world_size, layouts in layouts_by_ranks.items():
         results = run_ranks(train_layouts, world_size, checkpoint, UPDATES, layouts, timeout=300)
         for layout, (history, weights), other in zip(layouts, results[0], results[-1], strict=True):
             assert other[0] == history, f"{layout.name}: ranks disagree on the metrics"
