@@ -4,9 +4,9 @@
 
 Every method gets the same logits and the same upstream gradients, in one interleaved run: times are medians
 over the rounds. verl is measured when it can be imported (requirements/bench-vocab-parallel.txt). The slow
-methods get fewer rows (--slow-tokens), their time is scaled by the rows. "heap retained" keeps freed memory in
-this process, as a caching allocator does. "floor" reads the logits once, then reads and writes as many bytes in
-place: what memory alone would take.
+methods get fewer rows (--slow-tokens), their time is scaled by the rows. "heap retained" keeps freed memory
+in this process, as a caching allocator does. "floor" reads the logits once, then reads and writes as many
+bytes in place: what memory alone would take.
 """
 
 import argparse

@@ -52,9 +52,9 @@ def native_available() -> bool:
 def _engine_for(logits: Tensor, implementation: str) -> ModuleType:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
-    if implementation in ("triton", "auto"):
+    if implementation == "triton" or (implementation == "auto" and logits.is_cuda):
         engine = _triton_engine()
-        if engine is not None and engine.supports(logits) and (implementation == "triton" or logits.is_cuda):
+        if engine is not None and engine.supports(logits):
             return engine
         if implementation == "triton":
             raise ValueError(

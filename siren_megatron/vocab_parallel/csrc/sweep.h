@@ -25,7 +25,8 @@ struct Scratch {
   std::vector<float> row, maxima;
   std::vector<uint64_t> list;
   float list_end = 0;  // every logit >= list_end is in the list
-  std::vector<int32_t> keys, ids;
+  std::vector<int32_t> keys, ids;  // `found` logits near the threshold, columns ascending
+  size_t found = 0;
   std::vector<double> mass;
   double histogram[BINS];
   explicit Scratch(int64_t width) : maxima(((width + CHUNK - 1) / CHUNK) * (CHUNK / BLOCK) * LANES) {}
@@ -76,7 +77,7 @@ Sweep sweep_row(const T* z, int64_t width, bool want_ed, float* maxima) {
       }
       m = top;
     }
-    const vf origin = splat(m == NEG_INF ? 0.0f : m), floor = splat(-110.0f);
+    const vf origin = splat(m == NEG_INF ? 0.0f : m), floor = splat(LOWEST);
     const T* ahead = z + at + CHUNK;
     for (int64_t b = 0; b < room; b += BLOCK) {
       vf e[4] = {}, ed[4] = {};
