@@ -16,7 +16,7 @@ import torch.distributed as dist
 from siren_megatron.advantages import assign_advantages
 from siren_megatron.batch import Sample, TrainBatch, broadcast_batch, make_batch
 from siren_megatron.checkpoint import load_checkpoint, save_checkpoint
-from siren_megatron.config import Config, check, read_hf_config
+from siren_megatron.config import Config, read_hf_config
 from siren_megatron.dynamic_sampling import refill
 from siren_megatron.metrics import MetricsLogger, StageTimer
 from siren_megatron.platform import Platform, init_process_group
@@ -81,7 +81,6 @@ class Job:
     def _build(self) -> None:
         config = self.config
         init_process_group(self.platform, config.parallel.distributed_timeout_minutes * 60)
-        check(config, dist.get_world_size())
         self.is_main = dist.get_rank() == 0
         self.hf_config = read_hf_config(config.model.hf_checkpoint)
         if self.is_main:
@@ -108,9 +107,10 @@ class Job:
             self.logger = self._stack.enter_context(self._make_logger())
             if self.step:
                 self.logger.truncate_after(self.step)
+        self.timer = StageTimer()
         if self.step:
             self.update_weights()
-        self.timer = StageTimer()
+            self.timer.pop()  # the first step's times are its own
 
     def _server_options(self) -> ServerOptions:
         config = self.config

@@ -70,13 +70,13 @@ class Trainer:
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
         model_config = transformer_config(hf_config, config.parallel, platform, bf16=config.model.bf16)
-        module = build_model(hf_config, model_config)
-        conversion.load_hf_weights(module, config.model.hf_checkpoint, hf_config)
+        self.module = build_model(hf_config, model_config)
+        conversion.load_hf_weights(self.module, config.model.hf_checkpoint, hf_config)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=config.model.bf16,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         )
-        self.model = DistributedDataParallel(model_config, ddp_config, module)
+        self.model = DistributedDataParallel(model_config, ddp_config, self.module)
         self.optimizer = get_megatron_optimizer(self._optimizer_config(), [self.model])
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,

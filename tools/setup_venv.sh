@@ -122,6 +122,7 @@ show_progress() {
                 [ $((packages % 25)) -ne 0 ] || say "$packages packages found or fetched"
                 ;;
             "Installing collected packages"*) say "unpacking" ;;
+            *"pip's dependency resolver"*) ;; # about what the lock leaves out on purpose
             *ERROR:* | "WARNING: Retrying"*) say "$line" >&2 ;;
         esac
     done

@@ -3,6 +3,7 @@
 Legend: T = rows, Vs = columns of this shard, tp = tensor-parallel size, K = length of a shard's top list.
 """
 
+import functools
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
@@ -51,11 +52,28 @@ def native_available() -> bool:
 def _engine_for(logits: Tensor, implementation: str) -> ModuleType:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
+    if implementation == "triton" or (implementation == "auto" and logits.is_cuda):
+        engine = _triton_engine()
+        if engine is not None and engine.supports(logits):
+            return engine
+        if implementation == "triton":
+            raise ValueError(
+                f"implementation 'triton' can't take {logits.dtype} on {logits.device.type} here"
+            )
     if implementation == "native" and not native.supports(logits):
         raise ValueError(f"implementation 'native' can't take {logits.dtype} on {logits.device.type} here")
-    if implementation == "native" or (implementation == "auto" and native.supports(logits)):
+    if implementation != "torch" and native.supports(logits):
         return native
     return torch_engine
+
+
+@functools.cache
+def _triton_engine() -> ModuleType | None:
+    try:
+        from . import triton_engine
+    except ImportError:
+        return None
+    return triton_engine
 
 
 def make_plan(
@@ -96,7 +114,9 @@ def gather_packs(pack: Tensor, plan: ShardPlan) -> Tensor:
     if plan.tp_group is None:
         return pack.unsqueeze(0)
     packs = pack.new_empty((plan.size, *pack.shape))
-    dist.all_gather_into_tensor(packs.flatten(0, 1), pack, group=plan.tp_group)
+    # The newer name where torch has it (2.13), the older one before.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(packs.flatten(0, 1), pack, group=plan.tp_group)
     return packs
 
 
@@ -126,11 +146,25 @@ def settle(z: Tensor, nucleus: Nucleus, plan: ShardPlan, engine: ModuleType) -> 
     return nucleus
 
 
-def _concatenate(parts: list[Nucleus]) -> Nucleus:
+def concatenate(parts: list[Nucleus]) -> Nucleus:
+    """Rows of several nuclei, in order."""
     if len(parts) == 1:
         return parts[0]
     sums = RowSums(*(torch.cat(field) for field in zip(*(p.sums for p in parts), strict=True)))
     return Nucleus(sums, *(torch.cat(field) for field in zip(*(p[1:] for p in parts), strict=True)))
+
+
+def list_length(plan: ShardPlan) -> int:
+    """How many of its largest logits a shard sends; none where the nucleus is everything."""
+    return 0 if plan.top_p == 1.0 else TOP_K
+
+
+def count(counters: TopPCounters | None, nucleus: Nucleus, fallback_rows: int) -> None:
+    """Add a call's rows to the caller's counters."""
+    if counters is not None:
+        counters.rows += nucleus.tau.numel()
+        counters.fallback_rows += fallback_rows
+        counters.nan_rows += int(nucleus.sums.sum_e.isnan().sum())
 
 
 def find_nucleus(z: Tensor, local_labels: Tensor, plan: ShardPlan, counters: TopPCounters | None) -> Nucleus:
@@ -139,7 +173,7 @@ def find_nucleus(z: Tensor, local_labels: Tensor, plan: ShardPlan, counters: Top
     if plan.engine is native and plan.size == 1:
         nucleus, fallback = native.forward(z, local_labels, plan.width, plan.top_p, plan.exclusive)
     else:
-        top_k = 0 if plan.top_p == 1.0 else TOP_K
+        top_k = list_length(plan)
         # All rows at once, unless their packs alone would break the budget.
         step = max(1, plan.chunk_bytes // (plan.size * (HEADER + top_k) * 4))
         parts = []
@@ -153,9 +187,6 @@ def find_nucleus(z: Tensor, local_labels: Tensor, plan: ShardPlan, counters: Top
             nucleus = engine.merge(packs, columns, plan.rank, plan.top_p, plan.exclusive)
             fallback += int((~nucleus.certified).sum())
             parts.append(settle(z[rows], nucleus, plan, engine))
-        nucleus = _concatenate(parts)
-    if counters is not None:
-        counters.rows += z.shape[0]
-        counters.fallback_rows += fallback
-        counters.nan_rows += int(nucleus.sums.sum_e.isnan().sum())
+        nucleus = concatenate(parts)
+    count(counters, nucleus, fallback)
     return nucleus

@@ -66,10 +66,9 @@ def run_ranks(fn: Callable, world_size: int, *args: Any, timeout: float = 120.0)
     context = mp.get_context("spawn")
     store = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
     results = context.Queue()
+    # Not daemons: megatron-core's checkpoint writer starts processes of its own.
     ranks = [
-        context.Process(
-            target=_rank_main, args=(fn, rank, world_size, store.port, args, timeout, results), daemon=True
-        )
+        context.Process(target=_rank_main, args=(fn, rank, world_size, store.port, args, timeout, results))
         for rank in range(world_size)
     ]
     for process in ranks:

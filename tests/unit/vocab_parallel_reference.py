@@ -85,7 +85,7 @@ def assert_matches_reference(
         assert not mask[..., width:].any(), "a padding column is in the nucleus"
     for name, value, target in zip(("logprobs", "entropy", "top_p_entropy"), stats, expected, strict=True):
         torch.testing.assert_close(
-            value.double(), target.detach(), rtol=1e-6, atol=1e-5, msg=lambda m: name + m
+            value.double(), target.detach(), rtol=1e-6, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
     if grad is None:
         return
