@@ -25,7 +25,8 @@ struct Scratch {
   std::vector<float> row, maxima;
   std::vector<uint64_t> list;
   float list_end = 0;  // every logit >= list_end is in the list
-  std::vector<int32_t> keys, ids;
+  std::vector<int32_t> keys, ids;  // `found` logits near the threshold, columns ascending
+  size_t found = 0;
   std::vector<double> mass;
   double histogram[BINS];
   explicit Scratch(int64_t width) : maxima(((width + CHUNK - 1) / CHUNK) * (CHUNK / BLOCK) * LANES) {}
