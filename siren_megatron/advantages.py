@@ -53,7 +53,7 @@ def leave_one_out_advantages(rewards: Tensor, group_size: int) -> Tensor:
     Raises:
         ValueError: N is not a multiple of group_size, or group_size is 1.
 
-    References: arXiv 2402.14740, equation 7.
+    References: arXiv 2402.14740 (RLOO).
     """
     if group_size < 2:
         raise ValueError("RLOO needs at least 2 responses of a prompt (--rollout-num-samples)")
@@ -73,7 +73,7 @@ def whitened_advantages(rewards: Tensor, group_size: int, lengths: Tensor) -> Te
     Returns:
         [N] fp32.
 
-    References: arXiv 2501.03262, section 3.2 (REINFORCE++-baseline).
+    References: arXiv 2501.03262 (REINFORCE++, variant with a group baseline).
     """
     groups = _groups(rewards, group_size)
     centred = (groups - groups.mean(dim=1, keepdim=True)).view(-1)

@@ -41,7 +41,7 @@ def rollout_correction(
         KL(engine || trainer) in nats a token, and "/bounded" = the share that the bounds touch).
 
     References: truncated importance sampling: Ionides 2008, and Yao et al. 2025, "Your efficient RL framework
-    secretly brings you off-policy RL training"; token masks: IcePop, arXiv 2510.18855, section 3.
+    secretly brings you off-policy RL training"; token masks: IcePop, arXiv 2510.18855.
     """
     log_ratio = torch.where(loss_mask, old_logprobs - rollout_logprobs, 0.0).double().clamp(-LIMIT, LIMIT)
     if mode.startswith("sequence"):

@@ -87,6 +87,10 @@ class EntropyControl:
             self.num_steps,
         )
 
+    def target(self, anchor: float) -> float:
+        """What H is held to, in nats: --entropy-target, or the anchor measured on the first rollout."""
+        return anchor if self.options.entropy_target is None else self.options.entropy_target
+
     def needs_refresh(self, index: int) -> bool:
         """Whether optimizer step `index` (counted from 0) on a rollout wants the current policy's tensors."""
         return index > 0 and (self.options.entropy_refresh or self.method.always_refresh)
@@ -162,14 +166,13 @@ class EntropyControl:
             changes["token_weights"] = batch.token_weights * plan.keep
         if plan.entropy_weights is not None:
             changes["entropy_weights"] = plan.entropy_weights
-        target = anchor if options.entropy_target is None else options.entropy_target
         step_entropy = None
         if options.siren_anchor_estimate == "step":
             step_entropy = self._mean_entropy(now, plan.entropy_weights)
         metrics = dict(plan.metrics)
         if self.method.coeff is not None:
             metrics["entropy_coeff"] = coeff
-        return batch.replace(**changes), EntropyStep(coeff, target, step_entropy), metrics
+        return batch.replace(**changes), EntropyStep(coeff, self.target(anchor), step_entropy), metrics
 
     def end(self, entropy_step: EntropyStep, metrics: dict[str, float]) -> dict[str, float]:
         """After the optimizer step: move the coefficient.

@@ -193,7 +193,7 @@ def token_covariance(logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) ->
     Returns:
         [N, S] fp64, 0 outside loss_mask.
 
-    References: arXiv 2505.22617, equation 10.
+    References: arXiv 2505.22617.
     """
     count = loss_mask.sum().clamp(min=1)
 
@@ -334,18 +334,16 @@ ENTROPY_METHODS: dict[str, EntropyMethod] = {
     "none": EntropyMethod("arXiv 2402.03300 (GRPO)", None),
     "naive": EntropyMethod("arXiv 1602.01783 (A3C), section 4; coefficient: 2509.25133", 1e-4, penalty=bonus),
     "adaptive": EntropyMethod(
-        "arXiv 2505.22312 (Skywork-OR1), section 4; coefficient: ours",
+        "arXiv 2505.22312 (Skywork-OR1); coefficient: ours",
         0.0,
         penalty=bonus,
         next_coeff=ascend,
     ),
-    "entropy-advantage": EntropyMethod("arXiv 2506.14758, equation 6", 0.4, plan=entropy_advantage),
-    "high-entropy-tokens": EntropyMethod("arXiv 2506.01939, equation 5", None, plan=high_entropy_tokens),
-    "clip-cov": EntropyMethod(
-        "arXiv 2505.22617, section 4.2", None, plan=clip_covariance, always_refresh=True
-    ),
+    "entropy-advantage": EntropyMethod("arXiv 2506.14758", 0.4, plan=entropy_advantage),
+    "high-entropy-tokens": EntropyMethod("arXiv 2506.01939", None, plan=high_entropy_tokens),
+    "clip-cov": EntropyMethod("arXiv 2505.22617 (Clip-Cov)", None, plan=clip_covariance, always_refresh=True),
     "kl-cov": EntropyMethod(
-        "arXiv 2505.22617, section 4.3", 1.0, plan=kl_covariance, loss=marked_kl, always_refresh=True
+        "arXiv 2505.22617 (KL-Cov)", 1.0, plan=kl_covariance, loss=marked_kl, always_refresh=True
     ),
     "siren": EntropyMethod(
         "arXiv 2509.25133",

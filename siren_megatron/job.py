@@ -333,7 +333,7 @@ class Job:
                 "entropy": float(batch.entropy[mask].mean()),
                 "entropy_top_p": float(batch.top_p_entropy[mask].mean()),
                 "siren/entropy_masked": self.trainer.masked_entropy(batch),
-                self._anchor_name: self.entropy_anchor,
+                self._anchor_name: self.trainer.entropy.target(self.entropy_anchor),
                 **self.sampling_metrics,
                 **metrics,
                 "response_length": tokens / batch.num_responses,

@@ -47,7 +47,9 @@ def test_metrics_of_tokens():
     w = [4.0, 0.25, 1.0, 1.5]
     assert metrics["rollout_ratio/mean"] == pytest.approx(sum(w) / 4)
     assert metrics["rollout_ratio/max"] == pytest.approx(4.0)
-    assert metrics["rollout_ratio/effective_samples"] == pytest.approx(sum(w) ** 2 / (4 * sum(x * x for x in w)))
+    assert metrics["rollout_ratio/effective_samples"] == pytest.approx(
+        sum(w) ** 2 / (4 * sum(x * x for x in w))
+    )
     assert metrics["rollout_ratio/kl"] == pytest.approx(sum(x - 1 - math.log(x) for x in w) / 4)
 
 

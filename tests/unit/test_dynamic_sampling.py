@@ -13,7 +13,7 @@ def names(groups):
 
 
 def run(rewards, drawn, max_rounds=10):
-    """`drawn` is a list of rounds, each the rewards of the groups it gives; prompts are numbered on from 10."""
+    """`drawn` is a list of rounds, each the rewards of the groups it gives; new prompts count from 10."""
     asked, next_name = [], iter(range(10, 99))
 
     def draw(extra_round, count):

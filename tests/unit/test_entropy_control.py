@@ -27,9 +27,7 @@ def batch():
     def draw(scale):
         return torch.rand(made.tokens.shape, generator=generator) * scale * made.loss_mask
 
-    return made.replace(
-        old_logprobs=-draw(3), entropy=draw(4), top_p_entropy=draw(2), top_two_gap=draw(2)
-    )
+    return made.replace(old_logprobs=-draw(3), entropy=draw(4), top_p_entropy=draw(2), top_two_gap=draw(2))
 
 
 def begin(method_control, made, index=0, step=0, now=None):
@@ -89,7 +87,9 @@ def test_a_constant_coefficient_is_not_restored_over_the_option():
 
 
 def test_another_method_s_state_is_refused():
-    with pytest.raises(ValueError, match="--entropy-method naive: the checkpoint of --load was made with siren"):
+    with pytest.raises(
+        ValueError, match="--entropy-method naive: the checkpoint of --load was made with siren"
+    ):
         control("naive").load_state_dict(control("siren").state_dict())
 
 

@@ -169,9 +169,7 @@ def test_microbatch_estimate_applies_the_penalty_to_each_micro_batch():
     h = torch.tensor([1.0, 2.0, 4.0, 5.0])
 
     def share(part, step_entropy=None):
-        return penalty_share(
-            part, lambda x: 0.5 * (x - 2.5) ** 2, num_responses=4, step_entropy=step_entropy
-        )
+        return penalty_share(part, lambda x: 0.5 * (x - 2.5) ** 2, num_responses=4, step_entropy=step_entropy)
 
     assert share(h).item() == pytest.approx(0.5 * 0.5**2)
     halves = sum(share(part) for part in h.split(2))
@@ -245,9 +243,7 @@ def test_kl_cov_marks_nothing_before_the_policy_has_moved():
 
 @pytest.mark.parametrize("kappa", [1.0, 2.0])
 def test_entropy_advantage_adds_a_bounded_bonus(kappa):
-    plan = ENTROPY_METHODS["entropy-advantage"].plan(
-        step_inputs(coeff=0.1, entropy_advantage_kappa=kappa)
-    )
+    plan = ENTROPY_METHODS["entropy-advantage"].plan(step_inputs(coeff=0.1, entropy_advantage_kappa=kappa))
     for i in range(N):
         for t in range(S):
             a = float(ADVANTAGES[i, t])

@@ -24,32 +24,82 @@ WRONG = [
     ({"grpo_kl_in": "reward"}, "--grpo-kl-in reward", "--grpo-kl-coeff 0"),
     ({"grpo_overlong_buffer": 100}, "--grpo-overlong-buffer 100", "--rollout-max-response-length 100"),
     ({"grpo_overlong_penalty": 2.0}, "--grpo-overlong-penalty 2.0", "--grpo-overlong-buffer 0"),
-    ({"grpo_overlong_buffer": 9, "grpo_mask_truncated": True}, "--grpo-overlong-buffer", "--grpo-mask-truncated"),
-    ({"grpo_dynamic_sampling_max_rounds": 3}, "--grpo-dynamic-sampling-max-rounds 3", "--no-grpo-dynamic-sampling"),
+    (
+        {"grpo_overlong_buffer": 9, "grpo_mask_truncated": True},
+        "--grpo-overlong-buffer",
+        "--grpo-mask-truncated",
+    ),
+    (
+        {"grpo_dynamic_sampling_max_rounds": 3},
+        "--grpo-dynamic-sampling-max-rounds 3",
+        "--no-grpo-dynamic-sampling",
+    ),
     ({"entropy_method": "none", "entropy_coeff": 0.1}, "--entropy-coeff 0.1", "--entropy-method none"),
-    ({"entropy_method": "clip-cov", "entropy_coeff": 0.1}, "--entropy-coeff 0.1", "--entropy-method clip-cov"),
+    (
+        {"entropy_method": "clip-cov", "entropy_coeff": 0.1},
+        "--entropy-coeff 0.1",
+        "--entropy-method clip-cov",
+    ),
     ({"entropy_coeff_final": 0.1}, "--entropy-coeff-final 0.1", "--entropy-coeff-schedule constant"),
-    ({"entropy_method": "adaptive", "entropy_coeff_schedule": "cosine"}, "--entropy-coeff-schedule cosine", "--entropy-method adaptive"),
-    ({"entropy_method": "high-entropy-tokens", "entropy_coeff_schedule": "linear"}, "--entropy-coeff-schedule linear", "high-entropy-tokens"),
+    (
+        {"entropy_method": "adaptive", "entropy_coeff_schedule": "cosine"},
+        "--entropy-coeff-schedule cosine",
+        "--entropy-method adaptive",
+    ),
+    (
+        {"entropy_method": "high-entropy-tokens", "entropy_coeff_schedule": "linear"},
+        "--entropy-coeff-schedule linear",
+        "high-entropy-tokens",
+    ),
     ({"entropy_method": "naive", "entropy_target": 1.0}, "--entropy-target 1.0", "--entropy-method naive"),
     ({"entropy_rate": 0.1}, "--entropy-rate 0.1", "--entropy-method siren"),
     ({"entropy_advantage_kappa": 2.0}, "--entropy-advantage-kappa 2.0", "--entropy-method siren"),
     ({"entropy_token_quantile": 0.5}, "--entropy-token-quantile 0.5", "--entropy-method siren"),
-    ({"entropy_method": "high-entropy-tokens", "entropy_token_quantile": 1.0}, "--entropy-token-quantile must be less than 1", ""),
+    (
+        {"entropy_method": "high-entropy-tokens", "entropy_token_quantile": 1.0},
+        "--entropy-token-quantile must be less than 1",
+        "",
+    ),
     ({"entropy_cov_fraction": 0.1}, "--entropy-cov-fraction 0.1", "--entropy-method siren"),
-    ({"entropy_method": "kl-cov", "entropy_cov_low": 2.0}, "--entropy-cov-low 2.0", "--entropy-method kl-cov"),
-    ({"entropy_method": "clip-cov", "entropy_cov_low": 6.0}, "--entropy-cov-low 6.0", "--entropy-cov-high 5.0"),
+    (
+        {"entropy_method": "kl-cov", "entropy_cov_low": 2.0},
+        "--entropy-cov-low 2.0",
+        "--entropy-method kl-cov",
+    ),
+    (
+        {"entropy_method": "clip-cov", "entropy_cov_low": 6.0},
+        "--entropy-cov-low 6.0",
+        "--entropy-cov-high 5.0",
+    ),
     ({"entropy_method": "naive", "siren_anchor": False}, "--no-siren-anchor", "--entropy-method naive"),
-    ({"entropy_method": "naive", "siren_anchor_estimate": "microbatch"}, "--siren-anchor-estimate microbatch", "--entropy-method naive"),
-    ({"siren_anchor": False, "siren_anchor_estimate": "microbatch"}, "--siren-anchor-estimate microbatch", "--no-siren-anchor"),
+    (
+        {"entropy_method": "naive", "siren_anchor_estimate": "microbatch"},
+        "--siren-anchor-estimate microbatch",
+        "--entropy-method naive",
+    ),
+    (
+        {"siren_anchor": False, "siren_anchor_estimate": "microbatch"},
+        "--siren-anchor-estimate microbatch",
+        "--no-siren-anchor",
+    ),
     ({"siren_anchor": False, "entropy_target": 1.0}, "--entropy-target 1.0", "--no-siren-anchor"),
-    ({"entropy_refresh": True, "siren_anchor_estimate": "microbatch"}, "--entropy-refresh", "--siren-anchor-estimate microbatch"),
+    (
+        {"entropy_refresh": True, "siren_anchor_estimate": "microbatch"},
+        "--entropy-refresh",
+        "--siren-anchor-estimate microbatch",
+    ),
     ({"rollout_correction_max": 3.0}, "--rollout-correction-max 3.0", "--rollout-correction none"),
-    ({"rollout_correction": "token-truncate", "rollout_correction_min": 0.1}, "--rollout-correction-min 0.1", "--rollout-correction token-truncate"),
-]  # fmt: skip
+    (
+        {"rollout_correction": "token-truncate", "rollout_correction_min": 0.1},
+        "--rollout-correction-min 0.1",
+        "--rollout-correction token-truncate",
+    ),
+]
 
 
-@pytest.mark.parametrize(("options", "first", "second"), WRONG, ids=[" ".join(map(str, o)) for o, _, _ in WRONG])
+@pytest.mark.parametrize(
+    ("options", "first", "second"), WRONG, ids=[" ".join(map(str, o)) for o, _, _ in WRONG]
+)
 def test_contradictions_name_both_flags(options, first, second):
     with pytest.raises(ValueError) as error:
         check(**options)

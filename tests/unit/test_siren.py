@@ -1,6 +1,5 @@
 """Peak mask against torch.quantile, aggregation and the penalty's gradient in closed form."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
