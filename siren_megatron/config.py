@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from siren_megatron.architecture import Architecture, Layout
+
 LOSS_AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
@@ -342,6 +344,11 @@ def _check_batches(config: Config, world_size: int | None) -> None:
             f"--tensor-model-parallel-size x --pipeline-model-parallel-size = {size} does not divide the "
             f"{world_size} rank(s) of the job; start it with torchrun --nproc-per-node {size}"
         )
+    if world_size // size % parallel.expert_model_parallel_size:
+        raise ValueError(
+            f"--expert-model-parallel-size {parallel.expert_model_parallel_size} does not divide the "
+            f"{world_size // size} data-parallel rank(s)"
+        )
     per_rank = train.micro_batch_size * (world_size // size)
     if train.global_batch_size % per_rank:
         raise ValueError(
@@ -372,33 +379,20 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     return architecture
 
 
-def _check_architecture(config: Config, architecture: dict[str, Any]) -> None:
-    tp = config.parallel.tensor_model_parallel_size
-    pp = config.parallel.pipeline_model_parallel_size
-    heads = architecture.get("num_attention_heads", 0)
-    divided = {
-        "num_attention_heads": (heads, "--tensor-model-parallel-size", tp),
-        "num_key_value_heads": (
-            architecture.get("num_key_value_heads", heads),
-            "--tensor-model-parallel-size",
-            tp,
-        ),
-        "intermediate_size": (architecture.get("intermediate_size", 0), "--tensor-model-parallel-size", tp),
-        "num_hidden_layers": (
-            architecture.get("num_hidden_layers", 0),
-            "--pipeline-model-parallel-size",
-            pp,
-        ),
-    }
-    for key, (value, flag, size) in divided.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"--hf-checkpoint: config.json has no positive {key}")
-        if value % size:
-            raise ValueError(f"{flag} {size} does not divide the model's {key} {value}")
-    limit = architecture.get("max_position_embeddings", config.train.seq_length)
-    if config.train.seq_length > limit:
+def _check_architecture(config: Config, hf_config: dict[str, Any]) -> None:
+    parallel, seq_length = config.parallel, config.train.seq_length
+    try:
+        architecture = Architecture.of(hf_config)
+        architecture.check_length(seq_length)
+    except ValueError as error:
+        raise ValueError(f"--hf-checkpoint: {error}") from None
+    tp = parallel.tensor_model_parallel_size
+    Layout(tp, parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size).check(architecture)
+    if architecture.experts and tp > 1 and not parallel.sequence_parallel:
+        raise ValueError("--tensor-model-parallel-size of a model of experts needs --sequence-parallel")
+    if seq_length > architecture.max_length:
         raise ValueError(
-            f"--seq-length {config.train.seq_length} exceeds the model's max_position_embeddings {limit}"
+            f"--seq-length {seq_length} exceeds the model's max_position_embeddings {architecture.max_length}"
         )
 
 

@@ -177,11 +177,15 @@ def transformer_config(
         deallocate_pipeline_outputs=platform.is_cuda,
         # Gradients are plain sums over micro-batches and ranks: see loss_func in trainer.py.
         calculate_per_token_loss=True,
-        **(_expert_options(architecture, parallel) if architecture.experts else {}),
+        **(_expert_options(architecture, parallel, platform) if architecture.experts else {}),
     )
 
 
-def _expert_options(architecture: Architecture, parallel: ParallelOptions) -> dict[str, Any]:
+def _expert_options(
+    architecture: Architecture, parallel: ParallelOptions, platform: Platform
+) -> dict[str, Any]:
+    # gloo gathers equal shares only, and the all-to-all dispatcher gathers experts' shares over tensor ranks.
+    equal_shares_only = not platform.is_cuda and parallel.tensor_model_parallel_size > 1
     return {
         "num_moe_experts": architecture.experts,
         "moe_router_topk": architecture.experts_per_token,
@@ -192,7 +196,7 @@ def _expert_options(architecture: Architecture, parallel: ParallelOptions) -> di
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_token_dispatcher_type": "alltoall",
+        "moe_token_dispatcher_type": "allgather" if equal_shares_only else "alltoall",
     }
 
 
@@ -220,7 +224,7 @@ def build_model(hf_config: dict[str, Any], config: TransformerConfig) -> GPTMode
                 k_layernorm=head_norm,
             ),
         ),
-        # Checkpoints name norms as Transformer Engine's layers do, which fuse a norm with the matrix behind it.
+        # Checkpoints name norms as Transformer Engine's layers do: each fused with the matrix behind it.
         sharded_state_dict_keys_map={
             "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
             **({} if architecture.experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}),

@@ -66,7 +66,7 @@ def logits_of(model, config) -> torch.Tensor | None:
 
 
 def forward_and_gather(rank: int, world_size: int, jobs: list[tuple[Path, dict[str, Any]]]):
-    """For `run_ranks`: for each (checkpoint, layout) the logits (None off the last stage) and rank 0's weights."""
+    """For `run_ranks`: for each (checkpoint, layout) the last stage's logits and rank 0's weights."""
     from megatron.core import parallel_state
 
     from siren_megatron.conversion.live import iterate_hf_weights, load_hf_weights

@@ -13,6 +13,8 @@ from siren_megatron.config import Config, build_parser, check, parse_args
 
 ARCHITECTURE = {
     "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 500,
+    "hidden_size": 64,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_hidden_layers": 4,
