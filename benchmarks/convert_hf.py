@@ -91,6 +91,20 @@ def run(label: str, arguments: list[str]) -> tuple[float, float, float]:
     return float(speed[1]) if speed else 0.0, seconds, peak
 
 
+def disk_speed(directory: Path) -> float:
+    """GB/s at which 1 GB reaches this disk with a plain write and fsync: what bounds a conversion."""
+    block = memoryview(bytes(2**24))
+    path = directory / "disk-speed"
+    started = time.monotonic()
+    with open(path, "wb", buffering=0) as file:
+        for _ in range(60):
+            file.write(block)
+        os.fsync(file.fileno())
+    seconds = time.monotonic() - started
+    path.unlink()
+    return 60 * len(block) / 1e9 / seconds
+
+
 def digest(directory: Path) -> str:
     """Of all tensors in order, whatever the files are called."""
     from siren_megatron.conversion.files import HfReader
@@ -121,6 +135,7 @@ def main() -> int:
         limit = largest / 1e9 + SPARE_GB
         expected = digest(work / "hf")
         print(f"checkpoint {size / 1e9:.2f} GB, largest tensor {largest / 1e9:.3f} GB, limit {limit:.2f} GB")
+        print(f"this disk takes {disk_speed(work):.2f} GB/s (1 GB, plain write and fsync)")
         print(f"{'':28}{'GB/s':>8}{'seconds':>10}{'peak GB':>10}")
         good = True
         for tp in args.tensor_model_parallel_size:

@@ -98,12 +98,16 @@ def new_directory(directory: Path, *, overwrite: bool, nbytes: int) -> Iterator[
         else:
             partial.rename(directory)
     except (OSError, RuntimeError) as error:
-        # torch's archive writer reports a failed write as a RuntimeError.
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        cause: BaseException | None = error
+        # torch's archive writer answers a failed write with a RuntimeError of its own on top.
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        if cause.errno == errno.ENOSPC:
             raise ValueError(f"no space left while writing {directory}") from None
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{directory} cannot be written: {reason}") from None
+        raise ValueError(f"{directory} cannot be written: {cause.strerror or cause}") from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

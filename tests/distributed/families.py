@@ -80,3 +80,45 @@ def forward_and_gather(rank: int, world_size: int, jobs: list[tuple[Path, dict[s
         results.append((logits, weights))
         parallel_state.destroy_model_parallel()
     return results
+
+
+def load_megatron(rank: int, world_size: int, jobs: list[tuple[Path, Path, dict[str, Any], bool]]):
+    """For `run_ranks`: load (Megatron checkpoint, HF checkpoint, layout, bf16) and give back rank 0's weights.
+
+    The weights start as NaN, so that what a load leaves out shows.
+    """
+    from megatron.core import parallel_state
+
+    from siren_megatron.conversion.live import iterate_hf_weights, load_megatron_weights
+
+    results = []
+    for megatron, checkpoint, options, bf16 in jobs:
+        model, _, hf_config = build(checkpoint, options, bf16=bf16)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(float("nan"))
+        load_megatron_weights(model, megatron)
+        results.append({name: tensor.clone() for name, tensor in iterate_hf_weights(model, hf_config)})
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+def save_megatron(rank: int, world_size: int, jobs: list[tuple[Path, Path, dict[str, Any], bool]]):
+    """For `run_ranks`: megatron-core's own save of (HF checkpoint, target, layout, a tensor a layer)."""
+    from megatron.core import dist_checkpointing, parallel_state
+
+    from siren_megatron.conversion.live import load_hf_weights
+
+    for checkpoint, target, options, singles in jobs:
+        model, _, hf_config = build(checkpoint, options)
+        load_hf_weights(model, checkpoint, hf_config)
+        if rank == 0:
+            target.mkdir()
+        torch.distributed.barrier()
+        metadata = {
+            "singleton_local_shards": singles,
+            "non_homogeneous_layers": singles,
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        }
+        dist_checkpointing.save({"model": model.sharded_state_dict(metadata=metadata)}, str(target))
+        parallel_state.destroy_model_parallel()

@@ -13,7 +13,6 @@ from siren_megatron.architecture import Architecture, Layout
 from siren_megatron.conversion.cuts import Box, InMemory, boxes, join, read_box, read_shard, split, whole_shape
 from siren_megatron.conversion.files import HfReader, HfWriter, read_safetensors_header
 from siren_megatron.families import TABLES, parameter_name
-from siren_megatron.model import inverse_frequencies
 
 
 def architecture(name: str = "Qwen2ForCausalLM", **overrides) -> Architecture:
@@ -233,6 +232,11 @@ def test_old_and_new_spellings_of_rotations_are_the_same():
 def test_rotary_frequencies_are_transformers_to_the_bit(scaling):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from siren_megatron import platform
+
+    platform.install()
+    from siren_megatron.model import inverse_frequencies
 
     config = LlamaConfig(hidden_size=512, num_attention_heads=4, head_dim=128, rope_parameters=scaling)
     rope = architecture("LlamaForCausalLM", head_dim=128, rope_parameters=scaling).rope
