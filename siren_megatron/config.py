@@ -59,6 +59,12 @@ REQUIRED = dataclasses.MISSING
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     hf_checkpoint: Path = option(REQUIRED, "Hugging Face checkpoint to start from (a directory)", type=Path)
+    pretrained_checkpoint: Path | None = option(
+        None,
+        "Megatron checkpoint whose weights to start from (of tools/convert_hf.py import, or of another run) in "
+        "place of --hf-checkpoint's",
+        type=Path,
+    )
     bf16: bool = option(False, "parameters and activations in bfloat16 (default: float32)")
 
 
@@ -399,7 +405,9 @@ def _check_architecture(config: Config, hf_config: dict[str, Any]) -> None:
 def _check_files(config: Config) -> None:
     from siren_megatron.prompts import validate_prompt_file
 
-    run = config.run
+    run, pretrained = config.run, config.model.pretrained_checkpoint
+    if pretrained is not None and not (pretrained / "metadata.json").is_file():
+        raise ValueError(f"--pretrained-checkpoint {pretrained} is no Megatron distributed checkpoint")
     validate_prompt_file(
         config.data.prompt_data, prompt_key=config.data.prompt_key, answer_key=config.data.prompt_answer_key
     )

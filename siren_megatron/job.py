@@ -104,7 +104,8 @@ class Job:
             self.logger = self._stack.enter_context(self._make_logger())
             if self.step:
                 self.logger.truncate_after(self.step)
-        if self.step:
+        # The server has loaded --hf-checkpoint's weights.
+        if self.step or config.model.pretrained_checkpoint is not None:
             self.update_weights()
         self.timer = StageTimer()
 

@@ -69,7 +69,10 @@ class Trainer:
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
         model_config = transformer_config(hf_config, config.parallel, platform, bf16=config.model.bf16)
         self.module = build_model(hf_config, model_config)
-        live.load_hf_weights(self.module, config.model.hf_checkpoint, hf_config)
+        if config.model.pretrained_checkpoint is not None:
+            live.load_megatron_weights(self.module, config.model.pretrained_checkpoint)
+        else:
+            live.load_hf_weights(self.module, config.model.hf_checkpoint, hf_config)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=config.model.bf16,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
