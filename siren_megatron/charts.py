@@ -151,7 +151,7 @@ class _Plot:
         low, high = values
         if 0 < low < 0.4 * high:  # a scale that nearly reaches zero should reach it
             low = 0.0
-        self.y_ticks = nice_ticks(low, high)
+        self.y_ticks = nice_ticks(low, high if high or low else 1.0)  # a count of nothing is not negative
         self.x_low, self.x_high = steps
         self.x_ticks = [
             x for x in nice_ticks(*steps, count=7) if self.x_low <= x <= self.x_high and x == int(x)

@@ -104,10 +104,11 @@ class Job:
             self.logger = self._stack.enter_context(self._make_logger())
             if self.step:
                 self.logger.truncate_after(self.step)
+        self.timer = StageTimer()
         # The server has loaded --hf-checkpoint's weights.
         if self.step or config.model.pretrained_checkpoint is not None:
             self.update_weights()
-        self.timer = StageTimer()
+            self.timer.pop()  # the first step's times are its own
 
     def _server_options(self) -> ServerOptions:
         config = self.config

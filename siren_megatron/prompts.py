@@ -276,7 +276,7 @@ def _read_jsonl(path: str | os.PathLike[str], flag: str) -> Iterator[tuple[dict[
     except OSError as error:
         raise ValueError(f"{flag} {path}: {error.strerror or error}") from error
     with file:
-        for number, line in enumerate(_lines(file, path, flag), start=1):
+        for number, line in enumerate(file, start=1):
             where = f"{flag} {path}, line {number}"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -288,13 +288,6 @@ def _read_jsonl(path: str | os.PathLike[str], flag: str) -> Iterator[tuple[dict[
             if not isinstance(record, dict):
                 raise ValueError(f"{where}: not a JSON object but {type(record).__name__}")
             yield record, where, number
-
-
-def _lines(file: Iterable[bytes], path: str | os.PathLike[str], flag: str) -> Iterator[bytes]:
-    try:
-        yield from file
-    except OSError as error:
-        raise ValueError(f"{flag} {path}: {error.strerror or error}") from error
 
 
 def _detect_key(record: dict[str, Any], keys: Sequence[str], where: str) -> str:

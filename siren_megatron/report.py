@@ -35,6 +35,7 @@ SECTIONS: list[tuple[str, list[tuple[str, tuple[str, ...]]]]] = [
         [
             ("Masked entropy and its anchor", ("siren/entropy_masked", "siren/entropy_anchor")),
             ("Entropy of all response tokens", ("entropy", "entropy_top_p")),
+            ("Positions in the peak mask, a response", ("siren/positions_per_response",)),
         ],
     ),
     (
@@ -87,7 +88,7 @@ h2 { font-size: 16px; margin: 34px 0 12px; }
 .hair { stroke: var(--axis); }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 td { padding: 5px 16px; border-top: 1px solid var(--grid); vertical-align: top; overflow-wrap: anywhere; }
-tr:first-child td { border-top: 0; } td:first-child { color: var(--muted); width: 18em; }
+tr:first-child td { border-top: 0; } td:first-child { color: var(--muted); width: 20em; }
 .value-cell { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 12.5px; }
 .tables { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr));
   align-items: start; }
@@ -251,6 +252,12 @@ def _table(pairs: Mapping[str, Any]) -> str:
     return f'<div class="card"><table>{"".join(cells)}</table></div>'
 
 
+def _halves(pairs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    items = list(pairs.items())
+    middle = (len(items) + 1) // 2
+    return [dict(half) for half in (items[:middle], items[middle:]) if half]
+
+
 def versions() -> dict[str, str]:
     """Versions of Python, this package and its git commit, and what the run stands on, where present."""
     found = {"siren-megatron": __version__, "python": platform.python_version()}
@@ -318,9 +325,10 @@ def render_report(
 {"".join(body)}
 {note}
 <div class="tables">
-<section><h2>Configuration</h2>{_table(config)}</section>
-<div><section><h2>Paths</h2>{_table(paths)}</section><section><h2>Versions</h2>{_table(versions())}</section></div>
+<section><h2>Paths</h2>{_table(paths)}</section>
+<section><h2>Versions</h2>{_table(versions())}</section>
 </div>
+<section><h2>Configuration</h2><div class="tables">{"".join(map(_table, _halves(config)))}</div></section>
 <div id="tip"></div>
 <script type="application/json" id="data">{_hover_data(rows, sections)}</script>
 <script>{PAGE_JS}</script>

@@ -34,12 +34,13 @@ RewardFunction = Callable[[str, str], float]
 
 MAX_ANSWER_CHARS = 1000
 MAX_NESTING = 30
+MAX_SEARCHED_CHARS = 4000
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _ANSWER_PHRASE = re.compile(r"answer\s*(?:is|:|=)\s*:?\s*", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\.(?:\s|$)")
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|(?<![\w.])-?\.\d+")
-_INLINE_MATH = re.compile(r"(?<!\\)\$([^$\n]+)(?<!\\)\$|\\\(([^\n]*?)\\\)")
+_INLINE_MATH = re.compile(r"(?<!\\)\$([^$\n]{1,500})(?<!\\)\$|\\\(([^\n]{1,500}?)\\\)")
 _INTEGER = re.compile(r"[+-]?\d+")
 _THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
@@ -76,11 +77,7 @@ def math_reward(response: str, answer: str) -> float:
     if _INTEGER.fullmatch(candidate) and _INTEGER.fullmatch(gold):
         # As text: int() of thousands of digits is slow and refused.
         return float(_plain_integer(candidate) == _plain_integer(gold))
-    from math_verify import verify
-
-    parsed = _parse_latex(candidate)
-    # The pool ends whatever takes too long; math-verify's own alarm would stop pure Python code only.
-    return float(bool(parsed) and verify(_parse_gold(gold), parsed, timeout_seconds=None))
+    return float(_equal(candidate, gold))
 
 
 def extract_final_answer(response: str) -> str | None:
@@ -104,6 +101,7 @@ def extract_final_answer(response: str) -> str | None:
 
 def _last_value(text: str) -> str | None:
     """The last number of a text, or the inline formula around it."""
+    text = text[-MAX_SEARCHED_CHARS:]
     number, formula = _last_match(_NUMBER, text), _last_match(_INLINE_MATH, text)
     if formula is not None and (number is None or number.end() <= formula.end()):
         return formula.group(1) or formula.group(2)
@@ -157,8 +155,17 @@ def _parse_latex(text: str) -> list:
 
 @lru_cache(maxsize=4096)
 def _parse_gold(text: str) -> list:
-    """Parsed once per problem and worker: a group has many responses."""
     return _parse_latex(text)
+
+
+@lru_cache(maxsize=16384)
+def _equal(candidate: str, gold: str) -> bool:
+    """Cached, as the responses of a group often agree."""
+    from math_verify import verify
+
+    parsed = _parse_latex(candidate)
+    # The pool ends whatever takes too long; math-verify's own alarm would stop pure Python code only.
+    return bool(parsed) and verify(_parse_gold(gold), parsed, timeout_seconds=None)
 
 
 REWARDS: dict[str, RewardFunction] = {

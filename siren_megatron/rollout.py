@@ -156,7 +156,8 @@ class RolloutClient:
                 async with session.post("/v1/completions", json=body) as response:
                     answer = await response.json(content_type=None)
                     if response.status != 200:
-                        raise _BadAnswer(f"HTTP {response.status} for prompt {index}: {error_text(answer)}")
+                        refusal = f"HTTP {response.status} for prompt {index}: {error_text(answer)}"
+                        raise _BadAnswer(refusal, server_failing=response.status >= 500)
                 groups[index] = parse_completion(answer, tuple(prompt), common["n"])
                 if on_group is not None:
                     try:
@@ -167,7 +168,7 @@ class RolloutClient:
         async def watch_server() -> None:
             while self._server is None or self._server.alive():
                 await asyncio.sleep(0.5)
-            raise _BadAnswer("the server ended")
+            raise _BadAnswer("the server ended", server_failing=True)
 
         # A fresh session for every call: an idle connection from the last step may be half closed by now.
         connector = aiohttp.TCPConnector(limit=0)
@@ -189,9 +190,7 @@ class RolloutClient:
                     f"a request to {self.url} took longer than {self.request_timeout_s:g} s{self._log_hint()}"
                 ) from error
             except (aiohttp.ClientError, OSError, json.JSONDecodeError, _BadAnswer) as error:
-                # No HTTP 4xx comes from a dying server: what was asked is wrong, and waiting is useless.
-                refused = isinstance(error, _BadAnswer) and str(error).startswith("HTTP 4")
-                if self._server is None or refused:
+                if self._server is None or (isinstance(error, _BadAnswer) and not error.server_failing):
                     raise RolloutError(f"generation failed: {_one_line(error)}{self._log_hint()}") from error
                 state = await asyncio.to_thread(self._server.describe_death)
                 raise RolloutError(f"generation failed: {state} ({_one_line(error)})") from error
@@ -206,7 +205,16 @@ class RolloutClient:
 
 
 class _BadAnswer(Exception):
-    """An answer of the server that can't be used; becomes a RolloutError."""
+    """An answer of the server that can't be used; becomes a RolloutError.
+
+    Args:
+        message: one line.
+        server_failing: whether the server may be dying, so that its end is worth waiting for.
+    """
+
+    def __init__(self, message: str, *, server_failing: bool = False) -> None:
+        super().__init__(message)
+        self.server_failing = server_failing
 
 
 class _CallbackFailed(Exception):

@@ -34,6 +34,7 @@ LINE_METRICS = {
     "grad_norm": "grad",
     "time/step": "step_s",
 }
+SUMMARY_WINDOW = 5  # steps whose mean is "first" and "last": one step of RL is mostly noise
 ETA_WINDOW = 20  # steps; the first step of a run compiles and warms up, so it should leave the estimate
 
 
@@ -101,7 +102,7 @@ class StepDisplay:
 def print_summary(
     console: Console, rows: Sequence[Mapping[str, Any]], status: str, num_steps: int, paths: Mapping[str, str]
 ) -> None:
-    """A table of the key metrics' first, last and best values (or their range), and the run's paths.
+    """A table of the key metrics at the start and the end, their best value or range; and the run's paths.
 
     Args:
         console: where to print.
@@ -114,7 +115,9 @@ def print_summary(
     title = f"{status}: step {last_step} of {num_steps}"
     table = Table()
     table.add_column("metric")
-    for heading in ("first", "last", "best, or range"):
+    window = SUMMARY_WINDOW if len(rows) >= 4 * SUMMARY_WINDOW else 1
+    counted = f" {window}" if window > 1 else ""
+    for heading in (f"first{counted}", f"last{counted}", "best, or range"):
         table.add_column(heading, justify="right")
     for name, best_of in SUMMARY_METRICS.items():
         points = [(row[name], row["step"]) for row in rows if name in row and math.isfinite(row[name])]
@@ -126,7 +129,8 @@ def print_summary(
         else:
             best = best_of(values)
             extent = f"{format_value(best)} at step {next(step for value, step in points if value == best)}"
-        table.add_row(name, format_value(values[0]), format_value(values[-1]), extent)
+        ends = [sum(part) / len(part) for part in (values[:window], values[-window:])]
+        table.add_row(name, *map(format_value, ends), extent)
     console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
     if table.row_count:
         console.print(table)

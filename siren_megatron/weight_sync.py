@@ -104,13 +104,14 @@ class WeightPublisher:
         """
         started = time.monotonic()
         self._post("/pause?mode=wait")
-        self._post("/start_weight_update")
         try:
+            self._post("/start_weight_update")
             num_tensors, num_bytes = self._send(named_tensors)
             self._post("/finish_weight_update")
         except BaseException:
             self._abort()
             raise
+        # Pausing emptied the cache as well, by a parameter that vLLM calls deprecated.
         self._post("/reset_prefix_cache")
         self._post("/resume")
         return UpdateStats(num_bytes, time.monotonic() - started, num_tensors)

@@ -153,7 +153,7 @@ def linear_token_stats(
     """vocab_parallel_token_stats of the logits z = hidden weight^T / temperature, without keeping z.
 
     dL/dhidden = dL/dz weight / temperature, summed over the tensor-parallel ranks;
-    dL/dweight = dL/dz^T hidden / temperature, added chunk by chunk to weight.main_grad (Megatron's fp32 buffer)
+    dL/dweight = dL/dz^T hidden / temperature, added by chunks to weight.main_grad (Megatron's fp32 buffer)
     where the weight has one.
 
     Args:

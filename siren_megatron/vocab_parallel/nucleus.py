@@ -3,6 +3,7 @@
 Legend: T = rows, Vs = columns of this shard, tp = tensor-parallel size, K = length of a shard's top list.
 """
 
+import functools
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
@@ -51,11 +52,28 @@ def native_available() -> bool:
 def _engine_for(logits: Tensor, implementation: str) -> ModuleType:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
+    if implementation == "triton" or (implementation == "auto" and logits.is_cuda):
+        engine = _triton_engine()
+        if engine is not None and engine.supports(logits):
+            return engine
+        if implementation == "triton":
+            raise ValueError(
+                f"implementation 'triton' can't take {logits.dtype} on {logits.device.type} here"
+            )
     if implementation == "native" and not native.supports(logits):
         raise ValueError(f"implementation 'native' can't take {logits.dtype} on {logits.device.type} here")
-    if implementation == "native" or (implementation == "auto" and native.supports(logits)):
+    if implementation != "torch" and native.supports(logits):
         return native
     return torch_engine
+
+
+@functools.cache
+def _triton_engine() -> ModuleType | None:
+    try:
+        from . import triton_engine
+    except ImportError:
+        return None
+    return triton_engine
 
 
 def make_plan(
@@ -96,7 +114,9 @@ def gather_packs(pack: Tensor, plan: ShardPlan) -> Tensor:
     if plan.tp_group is None:
         return pack.unsqueeze(0)
     packs = pack.new_empty((plan.size, *pack.shape))
-    dist.all_gather_into_tensor(packs.flatten(0, 1), pack, group=plan.tp_group)
+    # The newer name where torch has it (2.13), the older one before.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(packs.flatten(0, 1), pack, group=plan.tp_group)
     return packs
 
 

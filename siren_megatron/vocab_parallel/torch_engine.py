@@ -134,13 +134,15 @@ def sweep(z: Tensor, local_labels: Tensor, width: int, top_k: int, chunk_bytes: 
         pack[rows, 0] = top
         origin = torch.where(top == -torch.inf, 0.0, top)
         torch.sub(tile, origin.unsqueeze(1), out=d)
-        d.clamp_(min=lowest_exponent(dtype))
         torch.exp(d, out=e)
         wide[rows, at[0]] = e.sum(-1).double()
-        wide[rows, at[1]] = d.mul_(e).sum(-1).double()
-        empty = top == -torch.inf
-        wide[rows, at[0]] = wide[rows, at[0]].masked_fill(empty, 0.0)
-        wide[rows, at[1]] = wide[rows, at[1]].masked_fill(empty, 0.0)
+        wide[rows, at[1]] = torch.mul(d, e, out=d).sum(-1).double()
+    # Where a logit is -inf, e * d was 0 * (-inf): again, with d bounded.
+    again = (wide[:, at[1]].isnan() & ~wide[:, at[0]].isnan()).nonzero().squeeze(1)
+    for rows in again.split(step):
+        tile, top = z[rows, :width].to(dtype), pack[rows, 0]
+        d = tile.sub_(torch.where(top == -torch.inf, 0.0, top).unsqueeze(1)).clamp_(lowest_exponent(dtype))
+        wide[rows, at[1]] = d.exp().mul_(d).sum(-1).double()
     return pack, columns
 
 
@@ -247,55 +249,94 @@ def backward(
         tile = z[rows, :width]
         if tile.dtype != dtype:
             tile = e.copy_(tile)
-        inside = _members(tile, tau[rows], cut[rows]) if masked else None
         torch.sub(tile, row_max[rows].unsqueeze(1), out=d)
         d.clamp_(min=lowest_exponent(dtype))
+        extra = _nucleus_term(tile, d, tau[rows], cut[rows], coefs[rows]) if masked else None
         torch.exp(d, out=e)
-        if inside is not None:
-            row, column = inside
-            extra = e[row, column] * (coefs[rows, 2][row] + coefs[rows, 3][row] * d[row, column])
-        grad = d.mul_(a1).add_(a0).mul_(e)
-        if inside is not None:
-            grad.index_put_((row, column), extra, accumulate=True)
-        grad.scatter_add_(1, labels[rows], label_term[rows])
-        out[rows, :width] = grad
+        grad = torch.addcmul(a0, d, a1, out=d)
+        if isinstance(extra, Tensor):
+            grad.add_(extra)
+        elif extra is not None:
+            grad.index_put_(extra[:2], extra[2], accumulate=True)
+        if out.dtype == dtype:
+            torch.mul(grad, e, out=out[rows, :width])
+            out[rows, :width].scatter_add_(1, labels[rows], label_term[rows])
+        else:
+            grad.mul_(e).scatter_add_(1, labels[rows], label_term[rows])
+            out[rows, :width] = grad
     out[:, width:] = 0
 
 
-def _members(tile: Tensor, tau: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
-    """(row, column) of the nucleus's tokens. Args: tile [R, W]; tau, cut [R]."""
-    row, column = (tile >= tau.unsqueeze(1)).nonzero(as_tuple=True)
-    keep = (tile[row, column] > tau[row]) | (column < cut[row])
-    return row[keep], column[keep]
+def _nucleus_term(tile: Tensor, d: Tensor, tau: Tensor, cut: Tensor, coefs: Tensor):
+    """1_N (b0 + b1 d) of a tile [R, W]: (row, column, value) where the nucleus is small, else dense."""
+    rows, width = tile.shape
+    b0, b1 = coefs[:, 2], coefs[:, 3]
+    blocks = width // _BLOCK
+    if blocks:
+        hot = tile[:, : blocks * _BLOCK].unflatten(1, (_BLOCK, blocks)).amax(1) >= tau.unsqueeze(1)
+        row, block = hot.nonzero(as_tuple=True)
+    if blocks and row.numel() * 16 < hot.numel():
+        device = tile.device
+        column = (block.unsqueeze(1) + blocks * torch.arange(_BLOCK, device=device)).flatten()
+        row = row.repeat_interleave(_BLOCK)
+        rest = torch.arange(blocks * _BLOCK, width, device=device)
+        row = torch.cat([row, torch.arange(rows, device=device).repeat_interleave(rest.numel())])
+        column = torch.cat([column, rest.repeat(rows)])
+        value, threshold = tile[row, column], tau[row]
+        keep = (value > threshold) | ((value == threshold) & (column < cut[row]))
+        row, column = row[keep], column[keep]
+        return row, column, b0[row] + b1[row] * d[row, column]
+    inside = torch.empty(tile.shape, dtype=torch.bool, device=tile.device)
+    for r, end in enumerate(cut.clamp(max=width).tolist()):  # ties count up to the cut, not beyond
+        torch.ge(tile[r, :end], tau[r], out=inside[r, :end])
+        torch.gt(tile[r, end:], tau[r], out=inside[r, end:])
+    return torch.addcmul(b0.unsqueeze(1), d, b1.unsqueeze(1)).mul_(inside)
 
 
 class RowScans:
-    """The dense steps of the radix select for the rows z[index] of a shard, in float64.
+    """The dense steps of the radix select for the rows z[index] of a shard.
 
     Args: z [T, Vs]; index [F]; row_max [F], over all shards, finite; width W.
     """
 
     bins, per_nat = 1024, 32.0  # first digit floor((max - z) * per_nat): 32 nats below the maximum
-    bytes_per_logit = 40.0  # temporaries
+    bytes_per_logit = 1.0  # the temporaries live in tiles
 
     def __init__(self, z: Tensor, index: Tensor, row_max: Tensor, width: int):
-        self.z = z[index, :width].to(compute_dtype(z.dtype))
-        self.row_max = row_max.unsqueeze(1)
-        d = self.z.double().sub_(self.row_max).clamp_(min=-750.0)
-        self.digits = (d * -self.per_nat).clamp_(max=self.bins - 1.0).to(torch.int64)
-        self.e = d.exp_()
+        self.z, self.index, self.width, self.row_max = z, index, width, row_max.unsqueeze(1)
+        self.step = max(1, (_TILE_BYTES // 2) // max(1, 8 * width))
+
+    def _tiles(self):
+        """(rows of F, logits [R, W] in the compute dtype, row_max [R, 1])."""
+        for start in range(0, self.index.numel(), self.step):
+            rows = slice(start, start + self.step)
+            tile = self.z[self.index[rows], : self.width].to(self.row_max.dtype)
+            yield rows, tile, self.row_max[rows]
 
     def histogram(self) -> Tensor:
-        """Mass per digit [F, bins] fp64."""
-        out = self.e.new_zeros(self.z.shape[0], self.bins)
-        return out.scatter_add_(1, self.digits, self.e)
+        """Mass per digit [F, bins], exponentials and sums in fp64."""
+        out = torch.zeros(self.index.numel(), self.bins, dtype=torch.float64, device=self.z.device)
+        for rows, tile, top in self._tiles():
+            digits = (tile - top).mul_(-self.per_nat).clamp_(max=self.bins - 1.0).to(torch.int64)
+            out[rows].scatter_add_(1, digits, tile.double().sub_(top).exp_())
+        return out
 
     def collect(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(row, local column, logit) of the logits whose digit is chosen [F]; columns ascending in a row."""
-        row, column = (self.digits == chosen.unsqueeze(1)).nonzero(as_tuple=True)
-        return row, column, self.z[row, column]
+        first = chosen.to(self.row_max.dtype).unsqueeze(1)
+        beyond = torch.where(first == self.bins - 1, torch.nan, first + 1)  # the last digit has no end
+        parts = []
+        for rows, tile, top in self._tiles():
+            digit = (tile - top).mul_(-self.per_nat)
+            row, column = (digit >= first[rows]).logical_and_(~(digit >= beyond[rows])).nonzero(as_tuple=True)
+            parts.append((row + rows.start, column, tile[row, column]))
+        return tuple(torch.cat(field) for field in zip(*parts, strict=True))
 
     def ed_above(self, tau: Tensor) -> Tensor:
-        """sum e*d over z > tau [F] fp64."""
-        d = (self.z - self.row_max).clamp_(min=-700.0)
-        return (d * self.e).masked_fill_(self.z <= tau.unsqueeze(1), 0.0).sum(-1)
+        """sum e*d over z > tau [F] fp64, from terms in the compute dtype."""
+        out = []
+        for rows, tile, top in self._tiles():
+            inside = tile > tau[rows].unsqueeze(1)
+            d = tile.sub_(top).clamp_(min=lowest_exponent(tile.dtype))
+            out.append(d.exp().mul_(d).mul_(inside).sum(-1).double())
+        return torch.cat(out)

@@ -123,6 +123,10 @@ def test_plain_lines_one_a_step_and_the_summary(tmp_path):
     assert all("reward" in line and "entropy 0.5" in line and "eval/avg@8 0.25" in line for line in lines)
     assert "finished: step 20 of 20" in text
     assert "1 at step 20" in text
+    (heading,) = [line for line in text.splitlines() if "metric" in line and "first 5" in line]
+    (reward,) = [line for line in text.splitlines() if line.startswith("│ reward")]
+    assert [cell.strip() for cell in reward.split("│")[2:4]] == ["0.15", "0.9"]  # means of 5 steps
+    assert heading.index("first 5") < heading.index("last 5")
     assert str(tmp_path / "report.html") in text
     assert "\x1b[" not in text
 

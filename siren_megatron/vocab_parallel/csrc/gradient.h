@@ -27,11 +27,11 @@ struct Slopes { float a0, a1, b0, b1, max; };
 enum Mask { NONE, AT_LEAST, ABOVE };  // which columns are in the nucleus: none, z >= tau, z > tau
 
 INLINE vf grad_of(vf x, const Slopes& c) {
-  const vf d = vmax(splat(-110.0f), x - c.max);
+  const vf d = vmax(splat(LOWEST), x - c.max);
   return exp_neg(d) * (c.a0 + c.a1 * d);
 }
 INLINE vf grad_of(vf x, const Slopes& c, vi inside) {
-  const vf d = vmax(splat(-110.0f), x - c.max);
+  const vf d = vmax(splat(LOWEST), x - c.max);
   return exp_neg(d) * (blend(inside, splat(c.b0), splat(c.a0)) + blend(inside, splat(c.b1), splat(c.a1)) * d);
 }
 template <Mask MASK>
@@ -98,7 +98,7 @@ void backward_rows(const T* z, T* out, int64_t rows, int64_t stride, int64_t wid
       if (whole < width) grad_part(x, y, whole, width, c, masked, tau[t], cut[t]);
       for (int64_t i = width; i < stride; i++) y[i] = 0;
       if (labelled) {
-        const float d = std::max(label_logit - c.max, -110.0f);
+        const float d = std::max(label_logit - c.max, LOWEST);
         const bool inside = label_logit > tau[t] || (label_logit == tau[t] && labels[t] < cut[t]);
         const float slope = masked && inside ? c.b0 + c.b1 * d : c.a0 + c.a1 * d;
         const float g = std::exp(d) * slope + label_grad[t];

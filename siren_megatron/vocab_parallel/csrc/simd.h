@@ -87,10 +87,11 @@ INLINE uint16_t float_to_bf16(float f) {
   return (uint16_t)((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
 }
 
-// exp(d) for d <= 0, relative error below 3e-7 + 1.4e-8 |d|; exactly 0 below -88; NaN stays NaN.
+constexpr float LOWEST = -88.029692f;  // below it exp_neg is exactly 0; d is clamped here: no 0 * (-inf)
+
+// exp(d) for LOWEST <= d <= 0, relative error below 3e-7 + 1.4e-8 |d|; exactly 0 at LOWEST; NaN stays NaN.
 // d log2(e) = r + f with integer r: 2^f by a minimax polynomial, 2^r from the bits left in the magic sum.
 INLINE vf exp_neg(vf d) {
-  d = vmax(splat(-88.029692f), d);
   const vf magic = splat(12582912.0f + 127.0f);
   vf t = d * 1.44269502f + magic;
   vf f = d * 1.44269502f - (t - magic);

@@ -76,7 +76,7 @@ Sweep sweep_row(const T* z, int64_t width, bool want_ed, float* maxima) {
       }
       m = top;
     }
-    const vf origin = splat(m == NEG_INF ? 0.0f : m), floor = splat(-110.0f);
+    const vf origin = splat(m == NEG_INF ? 0.0f : m), floor = splat(LOWEST);
     const T* ahead = z + at + CHUNK;
     for (int64_t b = 0; b < room; b += BLOCK) {
       vf e[4] = {}, ed[4] = {};
