@@ -124,7 +124,9 @@ def digest(directory: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--work", type=Path, help="where to write (about 4 x the model; default: a temporary one)")
+    parser.add_argument(
+        "--work", type=Path, help="where to write (about 4 x the model; default: a temporary one)"
+    )
     parser.add_argument("--layers", type=int, default=28, help="layers of the model (28: 3.09 GB)")
     parser.add_argument("--tensor-model-parallel-size", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
@@ -154,7 +156,9 @@ def main() -> int:
                 print(f"{f'TP={tp} PP=2, {label}':28}{shown}{seconds:10.1f}{peak:10.2f}", flush=True)
             same = digest(back) == expected
             good = good and same
-            print(f"TP={tp} PP=2: the exported tensors are {'the same, bit for bit' if same else 'DIFFERENT'}")
+            print(
+                f"TP={tp} PP=2: the exported tensors are {'the same, bit for bit' if same else 'DIFFERENT'}"
+            )
             shutil.rmtree(megatron)
             shutil.rmtree(back)
         return 0 if good else 1

@@ -61,8 +61,8 @@ class ModelOptions:
     hf_checkpoint: Path = option(REQUIRED, "Hugging Face checkpoint to start from (a directory)", type=Path)
     pretrained_checkpoint: Path | None = option(
         None,
-        "Megatron checkpoint whose weights to start from (of tools/convert_hf.py import, or of another run) in "
-        "place of --hf-checkpoint's",
+        "Megatron checkpoint whose weights to start from (of tools/convert_hf.py import, or of another run), "
+        "in place of --hf-checkpoint's",
         type=Path,
     )
     bf16: bool = option(False, "parameters and activations in bfloat16 (default: float32)")

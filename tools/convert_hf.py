@@ -159,9 +159,7 @@ def run_verify(args: argparse.Namespace) -> int:
     from siren_megatron.conversion.verify import logits_difference
 
     worst, scale = logits_difference(args.hf, args.megatron, num_tokens=args.num_tokens, seed=args.seed)
-    print(
-        f"logits: differ by at most {worst:.3g} on {args.num_tokens} tokens (largest logit {scale:.3g})"
-    )
+    print(f"logits: differ by at most {worst:.3g} on {args.num_tokens} tokens (largest logit {scale:.3g})")
     return 1 if changed or not worst <= args.tolerance else 0
 
 

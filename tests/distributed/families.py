@@ -83,7 +83,7 @@ def forward_and_gather(rank: int, world_size: int, jobs: list[tuple[Path, dict[s
 
 
 def load_megatron(rank: int, world_size: int, jobs: list[tuple[Path, Path, dict[str, Any], bool]]):
-    """For `run_ranks`: load (Megatron checkpoint, HF checkpoint, layout, bf16) and give back rank 0's weights.
+    """For `run_ranks`: load (Megatron checkpoint, HF checkpoint, layout, bf16); returns rank 0's weights.
 
     The weights start as NaN, so that what a load leaves out shows.
     """

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from safetensors.torch import load_file
-from tests.checkpoints import make_random_checkpoint
-from tests.distributed.families import load_megatron, save_megatron
-from tests.distributed.launch import run_ranks
 
 from siren_megatron.architecture import Layout
 from siren_megatron.conversion.convert import plan_export, plan_import
+from tests.checkpoints import make_random_checkpoint
+from tests.distributed.families import load_megatron, save_megatron
+from tests.distributed.launch import run_ranks
 
 TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
 SP = "sequence_parallel"

@@ -1,4 +1,4 @@
-"""tools/convert_hf.py from end to end: its exports in transformers and vLLM, its imports in a training run."""
+"""tools/convert_hf.py from end to end: its exports in transformers and in vLLM."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from tests.checkpoints import make_random_checkpoint
 
 from siren_megatron.rollout import RolloutClient, RolloutServer, ServerOptions
+from tests.checkpoints import make_random_checkpoint
 
 TOOL = "tools/convert_hf.py"
 PROMPTS = [[3 + i, 5, 7 + i % 3] * 10 for i in range(4)]
@@ -50,7 +50,7 @@ def test_transformers_loads_an_export_and_verify_agrees(tmp_path, family, reposi
 
 @pytest.mark.vllm
 def test_vllm_serves_an_export(tmp_path, repository):
-    """Llama 3's scaled rotations, tied embeddings and a head size of its own: vLLM's log-probs are transformers'."""
+    """Llama 3: scaled rotations, tied embeddings, a head size of its own. Log-probs are transformers'."""
     checkpoint = make_random_checkpoint(tmp_path / "original", "llama3", eos_token_id=1)
     megatron, back = tmp_path / "megatron", tmp_path / "back"
     convert(

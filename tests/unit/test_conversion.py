@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siren_megatron.architecture import Architecture, Layout
-from siren_megatron.conversion.cuts import Box, InMemory, boxes, join, read_box, read_shard, split, whole_shape
+from siren_megatron.conversion.cuts import (
+    Box,
+    InMemory,
+    boxes,
+    join,
+    read_box,
+    read_shard,
+    split,
+    whole_shape,
+)
 from siren_megatron.conversion.files import HfReader, HfWriter, read_safetensors_header
 from siren_megatron.families import TABLES, parameter_name
 
@@ -43,7 +52,9 @@ def tensors_of(arch: Architecture) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def plain_shard(cut: str, sources: list[torch.Tensor], arch: Architecture, tp: int, rank: int) -> torch.Tensor:
+def plain_shard(
+    cut: str, sources: list[torch.Tensor], arch: Architecture, tp: int, rank: int
+) -> torch.Tensor:
     """What Megatron-LM documents for each kind of parameter, by chunks of whole tensors."""
     if cut == "replicated":
         return sources[0]
@@ -148,9 +159,13 @@ def test_a_cut_that_does_not_divide_is_refused():
             "Qwen3MoeForCausalLM",
             ("decoder.layers.mlp.experts.experts.linear_fc2.weight", 1, 12),
         ),
-        ("module.embedding.word_embeddings.weight", "LlamaForCausalLM", ("embedding.word_embeddings.weight", None, None)),
+        (
+            "module.embedding.word_embeddings.weight",
+            "LlamaForCausalLM",
+            ("embedding.word_embeddings.weight", None, None),
+        ),
     ],
-)  # fmt: skip
+)
 def test_parameter_names(parameter, name, expected):
     assert tuple(parameter_name(parameter, TABLES[name])) == expected
 
@@ -270,8 +285,14 @@ def test_sliding_window(name, change, window):
 def test_a_missing_window_of_mistral_is_transformers_default():
     from transformers import MistralConfig
 
-    config = {"architectures": ["MistralForCausalLM"], "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8,
-              "num_hidden_layers": 1, "num_attention_heads": 1}  # fmt: skip
+    config = {
+        "architectures": ["MistralForCausalLM"],
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     assert Architecture.of(config).window == MistralConfig().sliding_window
 
 
@@ -350,11 +371,17 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path_factory, data):
     else:
         values = st.recursive(
             st.none() | st.integers(-(10**20), 10**20) | st.text(max_size=4),
-            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=12), inner, max_size=3),
+            lambda inner: (
+                st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=12), inner, max_size=3)
+            ),
             max_leaves=6,
         )
-        entry = st.fixed_dictionaries({"dtype": values | st.just("F32"), "shape": values, "data_offsets": values})
-        header = json.dumps(data.draw(st.dictionaries(st.text(max_size=3), values | entry, max_size=3))).encode()
+        entry = st.fixed_dictionaries(
+            {"dtype": values | st.just("F32"), "shape": values, "data_offsets": values}
+        )
+        header = json.dumps(
+            data.draw(st.dictionaries(st.text(max_size=3), values | entry, max_size=3))
+        ).encode()
         content = bytearray(len(header).to_bytes(8, "little") + header + b"\0" * 48)
     path.write_bytes(bytes(content))
     try:

@@ -13,10 +13,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.checkpoints import FAMILY_CONFIGS, make_random_checkpoint
 
 from siren_megatron.conversion import convert
 from siren_megatron.conversion.files import HfReader
+from tests.checkpoints import FAMILY_CONFIGS, make_random_checkpoint
 from tools import convert_hf
 
 TP, PP, EP = (f"--{n}-model-parallel-size" for n in ("tensor", "pipeline", "expert"))
@@ -140,15 +140,22 @@ IMPORT_MISTAKES = {
         "model.norm.weight has shape [65], config.json makes it [64]",
     ),
     "mixed dtypes": (
-        lambda d: change_tensors(d, lambda t: t.update({"model.layers.1.input_layernorm.weight": torch.ones(64)})),
+        lambda d: change_tensors(
+            d, lambda t: t.update({"model.layers.1.input_layernorm.weight": torch.ones(64)})
+        ),
         "model.layers.1.input_layernorm.weight is torch.float32, another tensor of",
     ),
     "unknown dtype": (
-        lambda d: change_tensors(d, lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)})),
+        lambda d: change_tensors(
+            d, lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)})
+        ),
         "model.norm.weight has dtype I8, not supported",
     ),
     "truncated file": (lambda d: cut_short(d / "model.safetensors"), "model.safetensors is truncated"),
-    "empty file": (lambda d: (d / "model.safetensors").write_bytes(b""), "is truncated or no safetensors file"),
+    "empty file": (
+        lambda d: (d / "model.safetensors").write_bytes(b""),
+        "is truncated or no safetensors file",
+    ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds no *.safetensors file"),
     "no config": (lambda d: (d / "config.json").unlink(), "holds no config.json"),
     "broken config": (lambda d: (d / "config.json").write_text("{"), "config.json is not valid JSON"),
@@ -160,7 +167,7 @@ IMPORT_MISTAKES = {
         lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": 3}'),
         "model.safetensors.index.json is damaged",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", IMPORT_MISTAKES)
@@ -262,13 +269,22 @@ EXPORT_MISTAKES = {
     "file missing": (lambda d: (d / "__1_0.distcp").unlink(), "__1_0.distcp is missing"),
     "no table of contents": (lambda d: (d / ".metadata").unlink(), ".metadata cannot be read"),
     "damaged table of contents": (lambda d: cut_short(d / ".metadata"), ".metadata is damaged"),
-    "no such format": (lambda d: (d / "metadata.json").write_text('{"sharded_backend": "zarr"}'), "only checkpoints of format torch_dist"),
+    "no such format": (
+        lambda d: (d / "metadata.json").write_text('{"sharded_backend": "zarr"}'),
+        "only checkpoints of format torch_dist",
+    ),
     "no format": (lambda d: (d / "metadata.json").unlink(), "no metadata.json"),
     "no config": (lambda d: shutil.rmtree(d / "hf"), "name the Hugging Face checkpoint the run started from"),
-    "other config": (lambda d: change_config(d / "hf", intermediate_size=100), "linear_fc1.weight has shape [2, 192, 64], config.json makes it [2, 200, 64]"),
+    "other config": (
+        lambda d: change_config(d / "hf", intermediate_size=100),
+        "fc1.weight has shape [2, 192, 64], config.json makes it [2, 200, 64]",
+    ),
     "more layers": (lambda d: change_config(d / "hf", num_hidden_layers=3), "config.json makes it [3, "),
-    "code in the table": (lambda d: (d / ".metadata").write_bytes(pickle.dumps(Evil())), "has no place in a checkpoint"),
-}  # fmt: skip
+    "code in the table": (
+        lambda d: (d / ".metadata").write_bytes(pickle.dumps(Evil())),
+        "has no place in a checkpoint",
+    ),
+}
 
 
 @pytest.mark.parametrize("mistake", EXPORT_MISTAKES)
@@ -289,7 +305,9 @@ def test_bytes_damaged_inside_a_tensors_archive(original, tmp_path, capsys):
     content = path.read_bytes()
     # The archives' directories: without them no tensor is found.
     path.write_bytes(content.replace(b"PK\x05\x06", b"XX\x05\x06"))
-    assert "__0_0.distcp is damaged" in fails(capsys, "export", "--megatron", megatron, "--hf", tmp_path / "out")
+    assert "__0_0.distcp is damaged" in fails(
+        capsys, "export", "--megatron", megatron, "--hf", tmp_path / "out"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -303,8 +321,9 @@ def test_a_run_killed_while_writing_leaves_no_checkpoint(original, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("1.5 GiB", 3 * 2**29), ("2000", 2000), ("3g", 3 * 10**9)]
-)  # fmt: skip
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("1.5 GiB", 3 * 2**29), ("2000", 2000), ("3g", 3 * 10**9)],
+)
 def test_sizes(text, size):
     assert convert_hf.parse_size(text) == size
 
