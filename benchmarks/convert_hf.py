@@ -125,7 +125,7 @@ def digest(directory: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--work", type=Path, help="where to write (about 4 x the model; default: a temporary one)"
+        "--work", type=Path, help="where to write, 3 x the model (default: a temporary directory)"
     )
     parser.add_argument("--layers", type=int, default=28, help="layers of the model (28: 3.09 GB)")
     parser.add_argument("--tensor-model-parallel-size", type=int, nargs="+", default=[1, 2])
@@ -137,13 +137,14 @@ def main() -> int:
         limit = largest / 1e9 + SPARE_GB
         expected = digest(work / "hf")
         print(f"checkpoint {size / 1e9:.2f} GB, largest tensor {largest / 1e9:.3f} GB, limit {limit:.2f} GB")
-        print(f"this disk takes {disk_speed(work):.2f} GB/s (1 GB, plain write and fsync)")
         print(f"{'':28}{'GB/s':>8}{'seconds':>10}{'peak GB':>10}")
         good = True
         for tp in args.tensor_model_parallel_size:
             megatron, back = work / f"megatron-{tp}", work / f"back-{tp}"
             flags = ["--megatron", str(megatron)]
             layout = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", "2"]
+            speed = disk_speed(work)
+            print(f"{'the disk, plain write':28}{speed:8.2f}   (1 GB and fsync: what bounds a conversion)")
             for label, arguments in (
                 ("import", ["import", "--hf", str(work / "hf"), *flags, *layout]),
                 ("inspect", ["inspect", *flags]),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
@@ -90,20 +91,25 @@ def load_megatron_weights(model: torch.nn.Module, directory: Path) -> None:
     Raises:
         ValueError: there is no such checkpoint, or a tensor is missing.
     """
+    # Reading the table of contents first also refuses one that would run code: megatron-core unpickles it.
     singles = "decoder.layers.self_attention.linear_qkv.weight" not in MegatronReader(directory).shapes
     metadata = {
         "singleton_local_shards": singles,
         "non_homogeneous_layers": singles,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    wanted = {"model": model.sharded_state_dict(metadata=metadata)}
+    # `_extra_state` objects hold nothing that these layers need, and would be unpickled: leave them out.
+    state = model.sharded_state_dict(metadata=metadata)
+    wanted = {"model": {name: value for name, value in state.items() if not isinstance(value, ShardedObject)}}
     try:
         loaded = dist_checkpointing.load(wanted, str(directory))
     except CheckpointException as error:
         # torch wraps the traceback of every rank; the reason is its last line.
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"{directory} does not fit the model: {reason}") from None
-    model.load_state_dict(loaded["model"])
+    missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    assert not missing and not unexpected, (missing, unexpected)
 
 
 def _tensor_group(place: Parameter) -> dist.ProcessGroup:

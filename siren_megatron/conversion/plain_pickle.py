@@ -36,14 +36,26 @@ _ALLOWED = {
 }
 
 
+# How a checkpoint was planned, which some versions of megatron-core keep in its table of contents.
+_NOT_NEEDED = {
+    "BytesIOWriteData",
+    "MCoreMetadata",
+    "MCoreSavePlan",
+    "SavePlan",
+    "TensorWriteData",
+    "WriteItem",
+    "WriteItemType",
+    "_StoragePrefix",
+}
+
+
 class TableUnpickler(pickle.Unpickler):
     """Knows a checkpoint's table of contents and nothing else: a file from elsewhere can run no code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        if module.startswith(("megatron.", "torch.distributed.checkpoint.")):
-            # Parts of other versions' tables that say how they were planned; not needed for reading.
+        if name in _NOT_NEEDED and module.startswith(("megatron.core.", "torch.distributed.checkpoint.")):
             return type(name, (_Ignored,), {})
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
 
@@ -53,7 +65,8 @@ class _Ignored:
         pass
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        if isinstance(state, dict):
+            self.__dict__.update(state)
 
 
 class _Tensor(NamedTuple):

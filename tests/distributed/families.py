@@ -122,3 +122,19 @@ def save_megatron(rank: int, world_size: int, jobs: list[tuple[Path, Path, dict[
         }
         dist_checkpointing.save({"model": model.sharded_state_dict(metadata=metadata)}, str(target))
         parallel_state.destroy_model_parallel()
+
+
+def weights_of_trainer(rank: int, world_size: int, checkpoint: Path, megatron: Path):
+    """For `run_ranks`: rank 0's weights of a TP=2 run that starts from a Megatron checkpoint."""
+    from siren_megatron import platform
+    from siren_megatron.config import read_hf_config
+    from siren_megatron.trainer import Trainer, initialize_model_parallel
+    from tests.distributed.layouts import config_of
+
+    device = platform.install()
+    config = config_of(
+        checkpoint, tensor_model_parallel_size=2, seq_length=64, pretrained_checkpoint=megatron
+    )
+    initialize_model_parallel(config)
+    trainer = Trainer(config, read_hf_config(checkpoint), device)
+    return {name: tensor.clone() for name, tensor in trainer.hf_weights()}

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from siren_megatron.architecture import Layout
 from siren_megatron.conversion.convert import plan_export, plan_import
 from tests.checkpoints import make_random_checkpoint
-from tests.distributed.families import load_megatron, save_megatron
+from tests.distributed.families import load_megatron, save_megatron, weights_of_trainer
 from tests.distributed.launch import run_ranks
 
 TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
@@ -68,3 +68,16 @@ def test_megatrons_own_checkpoints_are_exported(tmp_path):
         plan_export(megatron, back, config_from=checkpoint).run(lambda nbytes: None)
         found = load_file(back / "model.safetensors")
         assert_same(found, checkpoint, torch.float32, (options, singles))
+
+
+def test_a_run_starts_from_a_converted_checkpoint(tmp_path):
+    """--pretrained-checkpoint: its weights count, not those of --hf-checkpoint."""
+    first = make_random_checkpoint(tmp_path / "first", "qwen3", seed=0)
+    second = make_random_checkpoint(tmp_path / "second", "qwen3", seed=1)
+    megatron = tmp_path / "megatron"
+    plan_import(second, megatron, Layout(1, 4)).run(lambda nbytes: None)
+    weights = run_ranks(weights_of_trainer, 2, first, megatron)[0]
+    assert_same(weights, second, torch.float32, "run")
+    assert not torch.equal(
+        weights["lm_head.weight"], load_file(first / "model.safetensors")["lm_head.weight"]
+    )

@@ -6,6 +6,7 @@ Queries' and keys' norms, experts and routers have gradients that no Qwen2 has.
 from __future__ import annotations
 
 import pytest
+
 from tests.checkpoints import make_random_checkpoint
 from tests.distributed.launch import run_ranks
 from tests.distributed.layouts import Layout, reference, train_layouts
