@@ -192,6 +192,39 @@ class Architecture:
             )
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Ranks that share a layer (tp), pipeline stages (pp) and ranks that share a layer's experts (ep)."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+
+    def check(self, architecture: Architecture) -> None:
+        """Refuse a layout that megatron-core would refuse.
+
+        Raises:
+            ValueError: one line that names the flag.
+        """
+        divided = [
+            ("--tensor-model-parallel-size", self.tp, "num_attention_heads", architecture.heads),
+            ("--tensor-model-parallel-size", self.tp, "num_key_value_heads", architecture.kv_heads),
+            ("--pipeline-model-parallel-size", self.pp, "num_hidden_layers", architecture.layers),
+        ]
+        if architecture.experts:
+            divided += [
+                ("--tensor-model-parallel-size", self.tp, "moe_intermediate_size", architecture.expert_ffn),
+                ("--expert-model-parallel-size", self.ep, "num_experts", architecture.experts),
+            ]
+        else:
+            divided.append(("--tensor-model-parallel-size", self.tp, "intermediate_size", architecture.ffn))
+            if self.ep > 1:
+                raise ValueError(f"--expert-model-parallel-size: a {architecture.name} has no experts")
+        for flag, size, key, value in divided:
+            if size < 1 or value % size:
+                raise ValueError(f"{flag} {size} does not divide the model's {key} {value}")
+
+
 def _number(hf_config: dict[str, Any], key: str, default: float | None = None) -> float:
     value = hf_config.get(key)
     value = default if value is None else value
@@ -266,8 +299,9 @@ def _window(name: str, hf_config: dict[str, Any]) -> int | None:
 
 def _experts(hf_config: dict[str, Any]) -> dict[str, Any]:
     if hf_config.get("mlp_only_layers") or hf_config.get("decoder_sparse_step", 1) != 1:
-        raise ValueError("mlp_only_layers and decoder_sparse_step: models with dense layers among those of experts "
-                         "are not supported")  # fmt: skip
+        raise ValueError(
+            "mlp_only_layers and decoder_sparse_step: dense layers among those of experts are not supported"
+        )
     experts = _positive(hf_config, "num_local_experts" if "num_local_experts" in hf_config else "num_experts")
     per_token = _positive(hf_config, "num_experts_per_tok")
     normalise = bool(hf_config.get("norm_topk_prob", False))

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 class CausalAttention(torch.nn.Module):
     """Megatron's core-attention interface: causal, grouped-query.
 
-    Padded rows have their padding on the right only, so the causal mask alone keeps real tokens from seeing it.
+    Padded rows have their padding on the right, so the causal mask alone keeps real tokens from seeing it.
     """
 
     def __init__(self, config: Any, softmax_scale: float | None = None, pg_collection: Any = None, **_):

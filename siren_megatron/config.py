@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from siren_megatron.architecture import Architecture, Layout
 from siren_megatron.method_options import CorrectionOptions, EntropyOptions, GrpoOptions, check_methods
 from siren_megatron.options import REQUIRED, flag, option
 
@@ -25,6 +26,12 @@ from siren_megatron.options import REQUIRED, flag, option
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     hf_checkpoint: Path = option(REQUIRED, "Hugging Face checkpoint to start from (a directory)", type=Path)
+    pretrained_checkpoint: Path | None = option(
+        None,
+        "Megatron checkpoint whose weights to start from (of tools/convert_hf.py import, or of another run), "
+        "in place of --hf-checkpoint's",
+        type=Path,
+    )
     bf16: bool = option(False, "parameters and activations in bfloat16 (default: float32)")
 
 
@@ -38,7 +45,7 @@ class ParallelOptions:
     context_parallel_size: int = option(1, "ranks that share each sequence", minimum=1)
     expert_model_parallel_size: int = option(1, "ranks that share each layer's experts", minimum=1)
     expert_tensor_parallel_size: int = option(
-        1, "ranks that share each expert; more than 1 needs NCCL (gloo cannot gather uneven shares)", minimum=1
+        0, "ranks that share each expert; 0 = as many as --tensor-model-parallel-size", minimum=0
     )
     sequence_parallel: bool = option(False, "shard activations between layers over the tensor ranks")
     use_distributed_optimizer: bool = option(True, "shard optimizer states over the data-parallel ranks")
@@ -49,6 +56,11 @@ class ParallelOptions:
     )
     recompute_num_layers: int = option(1, "layers of one unit of full recomputation", minimum=1)
     distributed_timeout_minutes: float = option(10.0, "a collective waits this many minutes", above=0)
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share each expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
     def virtual_stages(self) -> int | None:
@@ -290,8 +302,8 @@ def _check_batches(config: Config, world_size: int | None) -> None:
     packed = train.max_tokens_per_microbatch
     if packed and packed < train.seq_length:
         raise ValueError(
-            f"--max-tokens-per-microbatch {packed} is less than --seq-length {train.seq_length}: a sequence may "
-            "not fit"
+            f"--max-tokens-per-microbatch {packed} is less than --seq-length {train.seq_length}: a sequence "
+            "may not fit"
         )
     if not packed and train.global_batch_size % train.micro_batch_size:
         raise ValueError(
@@ -322,7 +334,7 @@ def _check_ranks(config: Config, world_size: int) -> None:
             f"--nproc-per-node {size}"
         )
     data_ranks = world_size // size
-    experts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    experts = parallel.expert_model_parallel_size * parallel.expert_tensor_size
     same_layers = world_size // parallel.pipeline_model_parallel_size
     if same_layers % experts:
         raise ValueError(
@@ -340,8 +352,8 @@ def _check_ranks(config: Config, world_size: int) -> None:
     stages = parallel.pipeline_model_parallel_size
     if parallel.virtual_stages and train.global_batch_size // per_rank % stages:
         raise ValueError(
-            f"--num-virtual-stages-per-pipeline-rank wants a multiple of --pipeline-model-parallel-size {stages} "
-            f"micro-batches, got {train.global_batch_size // per_rank}"
+            "--num-virtual-stages-per-pipeline-rank wants a multiple of --pipeline-model-parallel-size "
+            f"{stages} micro-batches, got {train.global_batch_size // per_rank}"
         )
 
 
@@ -367,42 +379,41 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     return architecture
 
 
-def _check_architecture(config: Config, architecture: dict[str, Any]) -> None:
-    tp = config.parallel.tensor_model_parallel_size
-    pp = config.parallel.pipeline_model_parallel_size
-    heads = architecture.get("num_attention_heads", 0)
-    divided = {
-        "num_attention_heads": (heads, "--tensor-model-parallel-size", tp),
-        "num_key_value_heads": (
-            architecture.get("num_key_value_heads", heads),
-            "--tensor-model-parallel-size",
-            tp,
-        ),
-        "intermediate_size": (architecture.get("intermediate_size", 0), "--tensor-model-parallel-size", tp),
-        "num_hidden_layers": (
-            architecture.get("num_hidden_layers", 0),
-            "--pipeline-model-parallel-size x --num-virtual-stages-per-pipeline-rank"
-            if config.parallel.virtual_stages
-            else "--pipeline-model-parallel-size",
-            pp * config.parallel.num_virtual_stages_per_pipeline_rank,
-        ),
-    }
-    for key, (value, option_flag, size) in divided.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"--hf-checkpoint: config.json has no positive {key}")
-        if value % size:
-            raise ValueError(f"{option_flag} {size} does not divide the model's {key} {value}")
-    limit = architecture.get("max_position_embeddings", config.train.seq_length)
-    if config.train.seq_length > limit:
+def _check_architecture(config: Config, hf_config: dict[str, Any]) -> None:
+    parallel, seq_length = config.parallel, config.train.seq_length
+    try:
+        architecture = Architecture.of(hf_config)
+        architecture.check_length(seq_length)
+    except ValueError as error:
+        raise ValueError(f"--hf-checkpoint: {error}") from None
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    Layout(tp, pp, parallel.expert_model_parallel_size).check(architecture)
+    chunks = pp * parallel.num_virtual_stages_per_pipeline_rank
+    if architecture.layers % chunks:
         raise ValueError(
-            f"--seq-length {config.train.seq_length} exceeds the model's max_position_embeddings {limit}"
+            f"--pipeline-model-parallel-size x --num-virtual-stages-per-pipeline-rank = {chunks} does not "
+            f"divide the model's num_hidden_layers {architecture.layers}"
+        )
+    if architecture.experts and tp > 1 and not parallel.sequence_parallel:
+        raise ValueError("--tensor-model-parallel-size of a model of experts needs --sequence-parallel")
+    if parallel.expert_model_parallel_size == 1 and parallel.expert_tensor_size != tp:
+        # megatron-core then takes the experts for dense layers, and leaves their gradients unsummed.
+        raise ValueError(
+            f"--expert-tensor-parallel-size {parallel.expert_tensor_size} other than "
+            f"--tensor-model-parallel-size {tp} needs --expert-model-parallel-size of at least 2"
+        )
+    if seq_length > architecture.max_length:
+        raise ValueError(
+            f"--seq-length {seq_length} exceeds the model's max_position_embeddings {architecture.max_length}"
         )
 
 
 def _check_files(config: Config) -> None:
     from siren_megatron.prompts import validate_prompt_file
 
-    run = config.run
+    run, pretrained = config.run, config.model.pretrained_checkpoint
+    if pretrained is not None and not (pretrained / "metadata.json").is_file():
+        raise ValueError(f"--pretrained-checkpoint {pretrained} is no Megatron distributed checkpoint")
     validate_prompt_file(
         config.data.prompt_data, prompt_key=config.data.prompt_key, answer_key=config.data.prompt_answer_key
     )

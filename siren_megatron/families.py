@@ -10,7 +10,7 @@ replicated  the Hugging Face tensor                          all of it
 vocab       the tensor, rows padded to 128·tp with zeros     the r-th of tp equal row blocks
 columns     the tensor                                       the r-th of tp equal column blocks
 gated       [gate; up]                                       the r-th row block of gate, then that of up
-qkv         for each key-value head: its queries, key, value  the r-th of tp equal row blocks: whole heads
+qkv         a key-value head's queries, key, value, ...      the r-th of tp equal row blocks: whole heads
 
 A new family is a new entry of TABLES. What a model is built with follows from it: a row `linear_qkv.bias`
 gives the projections biases, `q_layernorm` normalises queries and keys, `router` makes layers of experts.
@@ -25,7 +25,7 @@ CUTS = ("replicated", "vocab", "columns", "gated", "qkv")
 
 
 class Source(NamedTuple):
-    """A Hugging Face tensor: name with `{layer}` and `{expert}`, and dimensions named as in `Architecture`."""
+    """A Hugging Face tensor: name with `{layer}` and `{expert}`, dimensions as `Architecture` names them."""
 
     name: str
     dims: tuple[str, ...]
@@ -60,6 +60,7 @@ _H = "model.layers.{layer}."
 _E = _H + "mlp.experts.{expert}."
 
 # fmt: off
+# ruff: noqa: E501
 ENDS = {
     "embedding.word_embeddings.weight": _rule("vocab", "model.embed_tokens.weight [vocab, hidden]"),
     "decoder.final_layernorm.weight": _rule("replicated", "model.norm.weight [hidden]"),

@@ -108,7 +108,8 @@ class Job:
             if self.step:
                 self.logger.truncate_after(self.step)
         self.timer = StageTimer()
-        if self.step:
+        # The server has loaded --hf-checkpoint's weights.
+        if self.step or config.model.pretrained_checkpoint is not None:
             self.update_weights()
             self.timer.pop()  # the first step's times are its own
 

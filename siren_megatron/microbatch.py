@@ -1,12 +1,12 @@
-"""How responses become the inputs of a forward pass: rows padded or packed, spread over data and context ranks.
+"""How responses become the inputs of a forward pass: padded or packed, over data and context ranks.
 
 Legend: N = responses of an optimizer step, B = responses of a micro-batch, S = padded length of a row,
 T = tokens of a packed micro-batch, cp = context-parallel size, dp = data-parallel size.
 
-A padded micro-batch is [B, S]. A packed one is [1, T]: the rows' tokens one after the other, each row filled up
-to a multiple of 2·cp, and a last fill-up to the T that all micro-batches share. Under context parallelism every
-row is cut into 2·cp pieces, and rank r holds pieces r and 2·cp - 1 - r: under a causal mask each rank then has
-the same work (Megatron's load-balanced split).
+A padded micro-batch is [B, S]. A packed one is [1, T]: the rows' tokens one after the other, each row filled
+up to a multiple of 2·cp, and a last fill-up to the T that all micro-batches share. Under context parallelism
+every row is cut into 2·cp pieces, and rank r holds pieces r and 2·cp - 1 - r: under a causal mask each rank
+then has the same work (Megatron's load-balanced split).
 """
 
 from __future__ import annotations

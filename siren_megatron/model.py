@@ -107,15 +107,6 @@ def transformer_config(
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     architecture = Architecture.of(hf_config)
-    if architecture.experts and parallel.tensor_model_parallel_size > 1:
-        if not parallel.sequence_parallel:
-            raise ValueError("a model of experts with --tensor-model-parallel-size needs --sequence-parallel")
-        if parallel.expert_model_parallel_size == 1 and parallel.expert_tensor_parallel_size == 1:
-            # megatron-core then takes the experts for dense layers, and leaves their gradients unsummed.
-            raise ValueError(
-                "a model of experts with --tensor-model-parallel-size needs --expert-model-parallel-size of "
-                "at least 2"
-            )
     return TransformerConfig(
         num_layers=architecture.layers,
         hidden_size=architecture.hidden,
@@ -157,7 +148,7 @@ def transformer_config(
         # Gradients are plain sums over micro-batches and ranks: see loss_func in trainer.py.
         calculate_per_token_loss=True,
         **_recompute_options(parallel),
-        **(_expert_options(architecture, parallel) if architecture.experts else {}),
+        **(_expert_options(architecture, parallel, platform) if architecture.experts else {}),
     )
 
 
@@ -173,19 +164,23 @@ def _recompute_options(parallel: ParallelOptions) -> dict[str, Any]:
     }
 
 
-def _expert_options(architecture: Architecture, parallel: ParallelOptions) -> dict[str, Any]:
+def _expert_options(
+    architecture: Architecture, parallel: ParallelOptions, platform: Platform
+) -> dict[str, Any]:
+    # gloo gathers equal shares only, and the all-to-all dispatcher gathers experts' shares over tensor ranks.
+    equal_shares_only = not platform.is_cuda and parallel.expert_tensor_size > 1
     return {
         "num_moe_experts": architecture.experts,
         "moe_router_topk": architecture.experts_per_token,
         "moe_ffn_hidden_size": architecture.expert_ffn,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
         # The chosen experts' probabilities, renormalised, are the softmax of their logits alone.
         "moe_router_pre_softmax": not architecture.norm_topk_prob,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_token_dispatcher_type": "alltoall",
+        "moe_token_dispatcher_type": "allgather" if equal_shares_only else "alltoall",
     }
 
 
@@ -220,7 +215,7 @@ def _build_chunk(
                 k_layernorm=head_norm,
             ),
         ),
-        # Checkpoints name norms as Transformer Engine's layers do, which fuse a norm with the matrix behind it.
+        # Checkpoints name norms as Transformer Engine's layers do: each fused with the matrix behind it.
         sharded_state_dict_keys_map={
             "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
             **({} if architecture.experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}),

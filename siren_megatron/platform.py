@@ -88,7 +88,7 @@ def init_process_group(platform: Platform, timeout_s: float) -> None:
 
 
 def _name_missing_kernels() -> None:
-    """megatron-core's router asks whether a Transformer Engine kernel is None, and without it has no such name."""
+    """megatron-core's router asks whether a Transformer Engine kernel is None: without it, it is unbound."""
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):

@@ -59,7 +59,7 @@ def initialize_model_parallel(config: Config) -> None:
         virtual_pipeline_model_parallel_size=parallel.virtual_stages,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
     )
     torch.manual_seed(config.train.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
@@ -89,7 +89,10 @@ class Trainer:
         self.is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         model_config = transformer_config(hf_config, config.parallel, platform, bf16=config.model.bf16)
         self.chunks = build_model(hf_config, model_config)
-        live.load_hf_weights(self.chunks, config.model.hf_checkpoint, hf_config)
+        if config.model.pretrained_checkpoint is not None:
+            live.load_megatron_weights(self.chunks, config.model.pretrained_checkpoint)
+        else:
+            live.load_hf_weights(self.chunks, config.model.hf_checkpoint, hf_config)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=config.model.bf16,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
@@ -335,7 +338,7 @@ class Trainer:
         # ALL LOSS SCALING. `loss` is this micro-batch's share of a sum over the whole optimizer step: its
         # denominators are the global counts in `scale`. So Megatron must add and never average:
         # - micro-batches: with calculate_per_token_loss the schedule does not divide by their number;
-        # - context ranks compute the same loss from all tokens' statistics, and each sends gradients to its own;
+        # - context ranks compute the same loss of all tokens; each sends gradients through its own tokens;
         # - data-parallel ranks: with calculate_per_token_loss DDP sums gradients (factor 1, not 1/dp);
         # - "tokens" is 0, so that finalize_model_grads does not divide by a token count either;
         # - tensor ranks hold the same loss; its gradient is made whole by the layers' own collectives.

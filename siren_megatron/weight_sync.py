@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
+from siren_megatron.conversion.files import HfReader
 from siren_megatron.http_json import error_text, http_json
 from siren_megatron.vllm_server import RolloutServer
 
@@ -48,15 +48,9 @@ def checkpoint_shapes(model: Path) -> dict[str, tuple[int, ...]]:
     A tied output head (`tie_word_embeddings`) is left out: its weight is the embedding's.
 
     Raises:
-        ValueError: the directory holds no safetensors file.
+        ValueError: the directory holds no safetensors file, or a damaged one.
     """
-    files = sorted(Path(model).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"model: {model} holds no *.safetensors file")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            shapes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})
+    shapes = {name: array.shape for name, array in HfReader(Path(model)).arrays.items()}
     if json.loads((Path(model) / "config.json").read_text()).get("tie_word_embeddings", False):
         shapes.pop("lm_head.weight", None)
     return shapes

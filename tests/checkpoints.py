@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-
 # Every family in its awkward variants: a head size that is not hidden / heads, tied heads, scaled rotations.
 FAMILY_CONFIGS = {
     "qwen2": ("Qwen2Config", {}),
@@ -78,7 +77,7 @@ def make_random_checkpoint(
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             # Norms and biases start as constants: give every parameter something a wrong layout would show.
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -3,6 +3,6 @@
 - `cuts`: where each rank's shard lies in the whole tensor, and each Hugging Face tensor.
 - `files`: tensors in files, read and written in parts; safetensors.
 - `live`: a running model: load, gather for vLLM's weight update, export.
-- `megatron_files`: Megatron distributed checkpoints, written and read in parts without a process group.
+- `megatron_writer`, `megatron_reader`: Megatron distributed checkpoints in parts, without a process group.
 - `convert`: whole checkpoints: what `tools/convert_hf.py` calls.
 """

@@ -161,6 +161,25 @@ def read_shard(
     return out
 
 
+def read_source_rows(
+    rule: Rule, architecture: Architecture, whole: Readable, source: int, row: int, out: Tensor
+) -> None:
+    """The inverse of `read_box`: rows of one Hugging Face tensor, read from the whole tensor.
+
+    Args:
+        source: which of the rule's tensors.
+        row: the first row; `out` says how many.
+        out: contiguous, filled.
+    """
+    width = whole.shape[1] if len(whole.shape) == 2 else 0
+    for block in blocks(rule, architecture):
+        start = max(row, block.source_row)
+        end = min(row + out.size(0), block.source_row + block.rows)
+        if block.source == source and start < end:
+            whole_row = block.row + start - block.source_row
+            whole.read_into(out[start - row : end - row], Box(whole_row, whole_row + end - start, 0, width))
+
+
 def split(rule: Rule, architecture: Architecture, sources: Sequence[Tensor], tp: int) -> list[Tensor]:
     """Whole Hugging Face tensors -> the shards of all tensor ranks."""
     readable = [InMemory(source) for source in sources]

@@ -28,6 +28,8 @@ MAX_HEADER_BYTES = 100_000_000
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_FILE = "model.safetensors.index.json"
+# What travels with the weights: configuration, tokenizer, generation settings, chat template.
+COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -118,9 +120,7 @@ def read_safetensors_header(path: Path) -> dict[str, FileArray]:
         if not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError(f"{path} has a damaged header: {name}")
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(
-                f"{path}: {name} has dtype {dtype}, which is not supported (known: {', '.join(DTYPES)})"
-            )
+            raise ValueError(f"{path}: {name} has dtype {dtype}, not supported (known: {', '.join(DTYPES)})")
         array = FileArray(path, 8 + length + start, DTYPES[dtype], tuple(shape))
         if stop - start != array.nbytes:
             raise ValueError(f"{path} has a damaged header: {name} has another size than its shape {shape}")
@@ -196,7 +196,8 @@ class HfReader:
         ]
         if extra:
             raise ValueError(
-                f"{self.directory} holds {len(extra)} tensor(s) that a {architecture.name} has not, such as {extra[0]}"
+                f"{self.directory} holds {len(extra)} tensor(s) that a {architecture.name} has not, "
+                f"such as {extra[0]}"
             )
 
 
@@ -298,3 +299,22 @@ class HfWriter:
 
     def __exit__(self, *exc) -> None:
         self.close()
+
+
+def companions(directory: Path) -> list[Path]:
+    """The small files beside a checkpoint's weights: configuration, tokenizer, generation settings."""
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if path.is_file() and path.suffix in COMPANION_SUFFIXES and not path.name.endswith(".index.json")
+    )
+
+
+def record_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Correct the dtype that a config.json names, which loaders take for the tensors'."""
+    content = json.loads(config.read_text())
+    name = str(dtype).removeprefix("torch.")
+    for key in ("dtype", "torch_dtype"):
+        if content.get(key, name) != name:
+            content[key] = name
+            config.write_text(json.dumps(content, indent=2) + "\n")

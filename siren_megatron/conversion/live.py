@@ -5,7 +5,6 @@ Legend: tp, pp, ep = tensor-, pipeline- and expert-parallel size.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,18 +12,19 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from siren_megatron.architecture import Architecture, Parameter
 from siren_megatron.conversion.cuts import join, read_shard
-from siren_megatron.conversion.files import HfReader, HfWriter
+from siren_megatron.conversion.files import HfReader, HfWriter, companions, record_dtype
+from siren_megatron.conversion.megatron_reader import MegatronReader
 from siren_megatron.families import parameter_name
 
 MAX_FILE_BYTES = 4 * 1024**3
-# What travels with the weights: configuration, tokenizer, generation settings, chat template.
-COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 Model = torch.nn.Module | Sequence[torch.nn.Module]
 
@@ -78,6 +78,46 @@ def load_hf_weights(model: Model, directory: Path, hf_config: dict[str, Any]) ->
         group = _tensor_group(place)
         sources = [reader.arrays[name] for name in place.sources()]
         parameter.copy_(read_shard(place.rule, architecture, sources, group.size(), group.rank()))
+
+
+@torch.no_grad()
+def load_megatron_weights(model: Model, directory: Path) -> None:
+    """A collective: fill this rank's parameters from a Megatron distributed checkpoint of any layout.
+
+    Args:
+        model: from `build_model`.
+        directory: from `tools/convert_hf.py import`, or of a run.
+
+    Raises:
+        ValueError: there is no such checkpoint, or a tensor is missing.
+    """
+    # Reading the table of contents first also refuses one that would run code: megatron-core unpickles it.
+    singles = "decoder.layers.self_attention.linear_qkv.weight" not in MegatronReader(directory).shapes
+    metadata = {
+        "singleton_local_shards": singles,
+        "non_homogeneous_layers": singles,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    chunks = [model] if isinstance(model, torch.nn.Module) else model
+    # `_extra_state` objects hold nothing that these layers need, and would be unpickled: leave them out.
+    wanted = {
+        f"model{i}": {
+            name: value
+            for name, value in chunk.sharded_state_dict(metadata=metadata).items()
+            if not isinstance(value, ShardedObject)
+        }
+        for i, chunk in enumerate(chunks)
+    }
+    try:
+        loaded = dist_checkpointing.load(wanted, str(directory))
+    except CheckpointException as error:
+        # torch wraps the traceback of every rank; the reason is its last line.
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{directory} does not fit the model: {reason}") from None
+    for i, chunk in enumerate(chunks):
+        missing, unexpected = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
+        missing = [name for name in missing if not name.endswith("_extra_state")]
+        assert not missing and not unexpected, (missing, unexpected)
 
 
 def _tensor_group(place: Parameter) -> dist.ProcessGroup:
@@ -170,17 +210,8 @@ def _hand_over(
     return received
 
 
-def companions(directory: Path) -> list[Path]:
-    """The small files beside a checkpoint's weights: configuration, tokenizer, generation settings."""
-    return sorted(
-        path
-        for path in directory.iterdir()
-        if path.is_file() and path.suffix in COMPANION_SUFFIXES and not path.name.endswith(".index.json")
-    )
-
-
 def export_hf_checkpoint(model: Model, source: Path, hf_config: dict[str, Any], target: Path) -> None:
-    """Write the model as a Hugging Face checkpoint, with the tokenizer and configs of the one it started from.
+    """Write the model as a Hugging Face checkpoint, with tokenizer and configs of the one it started from.
 
     A collective. Written under a temporary name beside `target`, then renamed; an old `target` is
     replaced.
@@ -200,7 +231,7 @@ def export_hf_checkpoint(model: Model, source: Path, hf_config: dict[str, Any], 
         for path in companions(source):
             shutil.copy(path, partial / path.name)
         dtype = next((model if isinstance(model, torch.nn.Module) else model[0]).parameters()).dtype
-        _record_dtype(partial / "config.json", dtype)
+        record_dtype(partial / "config.json", dtype)
         shapes = Architecture.of(hf_config).hf_shapes()
         with HfWriter(partial, ((n, dtype, s) for n, s in shapes.items()), MAX_FILE_BYTES) as writer:
             for name, tensor in weights:
@@ -209,12 +240,3 @@ def export_hf_checkpoint(model: Model, source: Path, hf_config: dict[str, Any], 
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     dist.barrier()
-
-
-def _record_dtype(config: Path, dtype: torch.dtype) -> None:
-    content = json.loads(config.read_text())
-    name = str(dtype).removeprefix("torch.")
-    for key in ("dtype", "torch_dtype"):
-        if content.get(key, name) != name:
-            content[key] = name
-            config.write_text(json.dumps(content, indent=2) + "\n")

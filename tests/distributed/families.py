@@ -33,7 +33,7 @@ def build(checkpoint: Path, options: dict[str, Any], *, bf16: bool = False):
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     hf_config = json.loads((checkpoint / "config.json").read_text())
     config = transformer_config(hf_config, parallel, device, bf16=bf16)
-    return build_model(hf_config, config), config, hf_config
+    return build_model(hf_config, config)[0], config, hf_config
 
 
 def logits_of(model, config) -> torch.Tensor | None:
@@ -66,7 +66,7 @@ def logits_of(model, config) -> torch.Tensor | None:
 
 
 def forward_and_gather(rank: int, world_size: int, jobs: list[tuple[Path, dict[str, Any]]]):
-    """For `run_ranks`: for each (checkpoint, layout) the logits (None off the last stage) and rank 0's weights."""
+    """For `run_ranks`: for each (checkpoint, layout) the last stage's logits and rank 0's weights."""
     from megatron.core import parallel_state
 
     from siren_megatron.conversion.live import iterate_hf_weights, load_hf_weights
@@ -80,3 +80,61 @@ def forward_and_gather(rank: int, world_size: int, jobs: list[tuple[Path, dict[s
         results.append((logits, weights))
         parallel_state.destroy_model_parallel()
     return results
+
+
+def load_megatron(rank: int, world_size: int, jobs: list[tuple[Path, Path, dict[str, Any], bool]]):
+    """For `run_ranks`: load (Megatron checkpoint, HF checkpoint, layout, bf16); returns rank 0's weights.
+
+    The weights start as NaN, so that what a load leaves out shows.
+    """
+    from megatron.core import parallel_state
+
+    from siren_megatron.conversion.live import iterate_hf_weights, load_megatron_weights
+
+    results = []
+    for megatron, checkpoint, options, bf16 in jobs:
+        model, _, hf_config = build(checkpoint, options, bf16=bf16)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(float("nan"))
+        load_megatron_weights(model, megatron)
+        results.append({name: tensor.clone() for name, tensor in iterate_hf_weights(model, hf_config)})
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+def save_megatron(rank: int, world_size: int, jobs: list[tuple[Path, Path, dict[str, Any], bool]]):
+    """For `run_ranks`: megatron-core's own save of (HF checkpoint, target, layout, a tensor a layer)."""
+    from megatron.core import dist_checkpointing, parallel_state
+
+    from siren_megatron.conversion.live import load_hf_weights
+
+    for checkpoint, target, options, singles in jobs:
+        model, _, hf_config = build(checkpoint, options)
+        load_hf_weights(model, checkpoint, hf_config)
+        if rank == 0:
+            target.mkdir()
+        torch.distributed.barrier()
+        metadata = {
+            "singleton_local_shards": singles,
+            "non_homogeneous_layers": singles,
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        }
+        dist_checkpointing.save({"model": model.sharded_state_dict(metadata=metadata)}, str(target))
+        parallel_state.destroy_model_parallel()
+
+
+def weights_of_trainer(rank: int, world_size: int, checkpoint: Path, megatron: Path):
+    """For `run_ranks`: rank 0's weights of a TP=2 run that starts from a Megatron checkpoint."""
+    from siren_megatron import platform
+    from siren_megatron.config import read_hf_config
+    from siren_megatron.trainer import Trainer, initialize_model_parallel
+    from tests.distributed.layouts import config_of
+
+    device = platform.install()
+    config = config_of(
+        checkpoint, tensor_model_parallel_size=2, seq_length=64, pretrained_checkpoint=megatron
+    )
+    initialize_model_parallel(config)
+    trainer = Trainer(config, read_hf_config(checkpoint), device)
+    return {name: tensor.clone() for name, tensor in trainer.hf_weights()}

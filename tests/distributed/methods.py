@@ -20,7 +20,12 @@ METHOD_LAYOUTS: dict[int, list[Layout]] = {
     2: [
         Layout("TP=2, sequence parallel", {TP: 2, "sequence_parallel": True, "micro_batch_size": 2}),
         Layout("PP=2", {PP: 2, "micro_batch_size": 2}),
-        Layout("DP=2", {"micro_batch_size": 2}),
+        Layout("DP=2 packed", {"max_tokens_per_microbatch": 64}),
+        Layout("CP=2", {"context_parallel_size": 2}),
+        Layout(
+            "PP=2 VPP=2 packed",
+            {PP: 2, "num_virtual_stages_per_pipeline_rank": 2, "max_tokens_per_microbatch": 64},
+        ),
     ],
     4: [Layout("TP=2 x PP=2", {TP: 2, PP: 2, "micro_batch_size": 4})],
 }
@@ -89,11 +94,11 @@ def train_case(checkpoint: Path, layout: Layout, case: dict[str, Any]):
         batch = trainer.compute_logprobs(batch)
         first = batch.old_logprobs if first is None else first
         if trainer.reference is not None:
-            policy = [p.detach().clone() for p in trainer.model.parameters()]
+            policy = [p.detach().clone() for p in trainer.chunks[0].parameters()]
             batch = trainer.compute_ref_logprobs(batch)
             # Collectives and kernels may round differently from pass to pass: not bit for bit.
             torch.testing.assert_close(batch.ref_logprobs, first, rtol=1e-5, atol=1e-5)
-            back = zip(trainer.model.parameters(), policy, strict=True)
+            back = zip(trainer.chunks[0].parameters(), policy, strict=True)
             assert all(torch.equal(now, before) for now, before in back), "the policy's own weights are back"
         if anchor is None:
             anchor = trainer.entropy.measure(batch) + ANCHOR_OFFSET

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from tests.checkpoints import FAMILY_CONFIGS, make_random_checkpoint
 from tests.distributed.families import TOKENS, forward_and_gather
 from tests.distributed.launch import run_ranks
-from safetensors.torch import load_file
 
 TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
 SP = "sequence_parallel"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tests.checkpoints import make_random_checkpoint
 from tests.distributed.launch import run_ranks
 from tests.distributed.layouts import Layout, reference, train_layouts

@@ -24,15 +24,15 @@ from tests.integration.jobs import (
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-METRICS = """step reward entropy entropy_top_p siren/entropy_masked siren/entropy_anchor siren/loss loss/policy
-clip_fraction kl_old_new grad_norm lr response_length rollout_logprob_diff tokens_per_second time/rollout
-time/reward time/logprob time/train time/weight_sync time/step""".split()
+METRICS = """step reward entropy entropy_top_p siren/entropy_masked siren/entropy_anchor siren/loss
+loss/policy clip_fraction kl_old_new grad_norm lr response_length rollout_logprob_diff tokens_per_second
+time/rollout time/reward time/logprob time/train time/weight_sync time/step""".split()
 SCRIPT_STEPS = 40
 
 
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
-    """The quick start's own script, as a newcomer calls it, with fewer steps; it builds the toy checkpoint."""
+    """The quick start's own script, as a newcomer calls it; it builds the toy checkpoint."""
     save = tmp_path_factory.mktemp("toy") / "run"
     script = REPOSITORY / "examples" / "run_siren_cpu.sh"
     arguments = ["--num-steps", str(SCRIPT_STEPS), "--save", str(save), "--tensorboard-dir", str(save / "tb")]
@@ -98,7 +98,7 @@ def megatron_greedy(rank, world_size, save, checkpoint, prompts, max_tokens):
         for _ in range(max_tokens):
             tokens = torch.tensor([ids])
             with torch.no_grad():
-                logits = trainer.model(
+                logits = trainer.model[0](
                     input_ids=tokens, position_ids=torch.arange(len(ids))[None], attention_mask=None
                 )
             shards = [torch.empty_like(logits[0, -1]) for _ in range(world_size)]
@@ -109,7 +109,7 @@ def megatron_greedy(rank, world_size, save, checkpoint, prompts, max_tokens):
 
 
 def test_the_export_is_the_megatron_model(toy_run, toy_checkpoint):
-    """transformers loads <save>/hf, and its greedy outputs are those of the trained Megatron model at TP=2."""
+    """transformers loads <save>/hf, and its greedy outputs are those of the Megatron model at TP=2."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     save, _ = toy_run

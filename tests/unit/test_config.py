@@ -7,12 +7,14 @@ import subprocess
 import sys
 
 import pytest
-from tests.checkpoints import write_prompts
 
 from siren_megatron.config import Config, build_parser, check, parse_args
+from tests.checkpoints import write_prompts
 
 ARCHITECTURE = {
     "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 500,
+    "hidden_size": 64,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_hidden_layers": 4,
@@ -47,8 +49,10 @@ def test_accepted_options_arrive_by_group(files, monkeypatch):
 
 
 WRONG = [
-    (["--tensor-model-parallel-size", "4"], "--tensor-model-parallel-size 4 does not divide the model's num_key_value_heads 2"),
-    (["--pipeline-model-parallel-size", "3"], "--pipeline-model-parallel-size 3 does not divide the model's num_hidden_layers 4"),
+    (["--tensor-model-parallel-size", "4"],
+     "--tensor-model-parallel-size 4 does not divide the model's num_key_value_heads 2"),
+    (["--pipeline-model-parallel-size", "3"],
+     "--pipeline-model-parallel-size 3 does not divide the model's num_hidden_layers 4"),
     (["--entropy-top-p", "0"], "--entropy-top-p must be greater than 0, got 0.0"),
     (["--entropy-top-p", "1.5"], "--entropy-top-p must be at most 1, got 1.5"),
     (["--entropy-top-p", "nan"], "--entropy-top-p must be finite"),
@@ -57,7 +61,8 @@ WRONG = [
     (["--micro-batch-size", "7"], "--micro-batch-size 7 does not divide --global-batch-size 64"),
     (["--micro-batch-size", "64"], "--micro-batch-size 64 x 4 data-parallel rank(s)"),
     (["--sequence-parallel"], "--sequence-parallel needs --tensor-model-parallel-size"),
-    (["--rollout-max-response-length", "128"], "--rollout-max-response-length 128 leaves no room for a prompt in --seq-length 128"),
+    (["--rollout-max-response-length", "128"],
+     "--rollout-max-response-length 128 leaves no room for a prompt in --seq-length 128"),
     (["--seq-length", "1024"], "--seq-length 1024 exceeds the model's max_position_embeddings 512"),
     (["--grpo-dual-clip", "0.5"], "--grpo-dual-clip must be greater than 1"),
     (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),

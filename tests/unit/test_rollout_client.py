@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from siren_megatron import weight_sync
@@ -270,7 +271,7 @@ def test_chunks_are_files_of_their_own_that_are_gone_afterwards(publisher, tmp_p
         return 200, {}
 
     def checkpoint_names(path):
-        with weight_sync.safe_open(path, framework="pt") as tensors:
+        with safe_open(path, framework="pt") as tensors:
             return list(tensors.keys())
 
     with publisher(answer, chunk_bytes=8) as (weights, _):
@@ -319,7 +320,7 @@ def test_views_and_other_dtypes_are_sent_as_the_servers_own(publisher):
 
     def answer(path, body):
         if path == "/update_weights":
-            with weight_sync.safe_open(body["update_info"]["path"], framework="pt") as tensors:
+            with safe_open(body["update_info"]["path"], framework="pt") as tensors:
                 received.update({name: tensors.get_tensor(name) for name in tensors.keys()})
         return 200, {}
 
