@@ -226,7 +226,7 @@ class Trainer:
 
     def _collect(self, batch: TrainBatch, collect: Any, count: int) -> Tensor:
         """A forward pass over all rows: what `collect` returns, [count, N, S] on every rank."""
-        micro_batches, rows = self._micro_batches(batch)
+        micro_batches, rows = self.micro_batches(batch)
         outputs = self._run_schedule(micro_batches, collect, forward_only=True, collect_non_loss_data=True)
         values = torch.zeros(count, *batch.tokens.shape, device=self.device)
         if self.is_last_stage:
@@ -304,7 +304,7 @@ class Trainer:
         for model in self.model:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._run_schedule(self._micro_batches(batch)[0], loss_func)
+        outputs = self._run_schedule(self.micro_batches(batch)[0], loss_func)
         # Step k of the warm-up uses lr·k/warm-up: the first update is not thrown away.
         self.scheduler.step(1)
         _, grad_norm, _ = self.optimizer.step()
@@ -366,7 +366,7 @@ class Trainer:
         """A collective: write the policy as a Hugging Face checkpoint."""
         live.export_hf_checkpoint(self.chunks, self.config.model.hf_checkpoint, self.hf_config, target)
 
-    def _micro_batches(self, batch: TrainBatch) -> tuple[list[MicroBatch], list[list[int]]]:
+    def micro_batches(self, batch: TrainBatch) -> tuple[list[MicroBatch], list[list[int]]]:
         """This rank's micro-batches of the rows of `batch`, and which rows each of them holds."""
         train, rank, ranks = self.config.train, self.dp_group.rank(), self.dp_group.size()
         if not train.max_tokens_per_microbatch:
