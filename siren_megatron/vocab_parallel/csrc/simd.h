@@ -57,20 +57,6 @@ INLINE uint32_t ge_bits(vf a, vf b) {  // bit i: a[i] >= b[i]
   return r;
 #endif
 }
-// Append v[i] with bit i set, as order keys, and their columns; room for 16 beyond the end. Returns how many.
-INLINE int append(vf v, uint32_t bits, int32_t column, int32_t* keys, int32_t* ids) {
-  const vi raw = (vi)(v + 0.0f), key = raw < 0 ? (int32_t)0x80000000 - raw : raw;
-  const vi id = vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + column;
-#ifdef __AVX512F__
-  _mm512_storeu_si512(keys, _mm512_maskz_compress_epi32((__mmask16)bits, (__m512i)key));
-  _mm512_storeu_si512(ids, _mm512_maskz_compress_epi32((__mmask16)bits, (__m512i)id));
-  return __builtin_popcount(bits);
-#else
-  int n = 0;
-  for (; bits; bits &= bits - 1, n++) keys[n] = key[__builtin_ctz(bits)], ids[n] = id[__builtin_ctz(bits)];
-  return n;
-#endif
-}
 INLINE float hmax(vf v) {  // ignores NaN
   float r = -__builtin_inff();
   for (int i = 0; i < LANES; i++) r = v[i] > r ? v[i] : r;
