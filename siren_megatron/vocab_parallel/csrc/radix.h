@@ -16,7 +16,7 @@ double masked_ed(const T* z, int64_t width, float max, float tau) {
       vf t = {};
       for (int64_t i = b; i < b + BLOCK; i += LANES) {
         const vf x = load(p + i), d = vmax(splat(LOWEST), x - max);
-        t += blend(x > tau, exp_neg(d) * d, vf{});
+        t += blend(x > tau, exp_near(d) * d, vf{});
       }
       sum += widen(low(t)) + widen(high(t));
     }
