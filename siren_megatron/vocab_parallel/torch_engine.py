@@ -60,12 +60,12 @@ def _tile_rows(columns: int, chunk_bytes: int, itemsize: int) -> int:
 
 
 def _row_max(z: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Largest logit of each row [R] and the maxima of strided blocks {j, j + n, j + 2n, ...} [R, n]."""
+    """Largest logit of each row [R] and the maxima of its whole blocks of columns [R, n]."""
     blocks = z.shape[1] // _BLOCK
     if blocks == 0:
         return z.amax(-1), None
     main = z[:, : blocks * _BLOCK]
-    maxima = main.unflatten(1, (_BLOCK, blocks)).amax(1)
+    maxima = main.unflatten(1, (blocks, _BLOCK)).amax(-1)
     top = maxima.amax(-1)
     if z.shape[1] > main.shape[1]:
         top = torch.maximum(top, z[:, main.shape[1] :].amax(-1))
@@ -81,8 +81,7 @@ def _largest(z: Tensor, maxima: Tensor | None, top_k: int) -> tuple[Tensor, Tens
     if maxima is not None and maxima.shape[1] > top_k:
         blocks = maxima.shape[1]
         best = maxima.topk(top_k, -1, sorted=False).indices
-        offsets = torch.arange(_BLOCK, device=z.device) * blocks
-        columns = (best.unsqueeze(-1) + offsets).flatten(1)
+        columns = (best.unsqueeze(-1) * _BLOCK + torch.arange(_BLOCK, device=z.device)).flatten(1)
         if width > _BLOCK * blocks:
             rest = torch.arange(_BLOCK * blocks, width, device=z.device)
             columns = torch.cat([columns, rest.expand(rows, -1)], -1)
@@ -273,11 +272,11 @@ def _nucleus_term(tile: Tensor, d: Tensor, tau: Tensor, cut: Tensor, coefs: Tens
     b0, b1 = coefs[:, 2], coefs[:, 3]
     blocks = width // _BLOCK
     if blocks:
-        hot = tile[:, : blocks * _BLOCK].unflatten(1, (_BLOCK, blocks)).amax(1) >= tau.unsqueeze(1)
+        hot = tile[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK)).amax(-1) >= tau.unsqueeze(1)
         row, block = hot.nonzero(as_tuple=True)
     if blocks and row.numel() * 16 < hot.numel():
         device = tile.device
-        column = (block.unsqueeze(1) + blocks * torch.arange(_BLOCK, device=device)).flatten()
+        column = (block.unsqueeze(1) * _BLOCK + torch.arange(_BLOCK, device=device)).flatten()
         row = row.repeat_interleave(_BLOCK)
         rest = torch.arange(blocks * _BLOCK, width, device=device)
         row = torch.cat([row, torch.arange(rows, device=device).repeat_interleave(rest.numel())])
@@ -314,12 +313,17 @@ class RowScans:
             yield rows, tile, self.row_max[rows]
 
     def histogram(self) -> Tensor:
-        """Mass per digit [F, bins], exponentials and sums in fp64."""
-        out = torch.zeros(self.index.numel(), self.bins, dtype=torch.float64, device=self.z.device)
+        """Mass per digit [F, bins], exponentials and sums in fp64; sum e*d per digit is kept for ed_above."""
+        shape = (self.index.numel(), self.bins)
+        mass = torch.zeros(shape, dtype=torch.float64, device=self.z.device)
+        self.mass_ed = torch.zeros_like(mass)
         for rows, tile, top in self._tiles():
             digits = (tile - top).mul_(-self.per_nat).clamp_(max=self.bins - 1.0).to(torch.int64)
-            out[rows].scatter_add_(1, digits, tile.double().sub_(top).exp_())
-        return out
+            d = tile.double().sub_(top).clamp_(min=-750.0)
+            e = d.exp()
+            mass[rows].scatter_add_(1, digits, e)
+            self.mass_ed[rows].scatter_add_(1, digits, d.mul_(e))
+        return mass
 
     def collect(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(row, local column, logit) of the logits whose digit is chosen [F]; columns ascending in a row."""
@@ -330,13 +334,13 @@ class RowScans:
             digit = (tile - top).mul_(-self.per_nat)
             row, column = (digit >= first[rows]).logical_and_(~(digit >= beyond[rows])).nonzero(as_tuple=True)
             parts.append((row + rows.start, column, tile[row, column]))
-        return tuple(torch.cat(field) for field in zip(*parts, strict=True))
+        self.chosen, self.found = chosen, tuple(torch.cat(field) for field in zip(*parts, strict=True))
+        return self.found
 
     def ed_above(self, tau: Tensor) -> Tensor:
-        """sum e*d over z > tau [F] fp64, from terms in the compute dtype."""
-        out = []
-        for rows, tile, top in self._tiles():
-            inside = tile > tau[rows].unsqueeze(1)
-            d = tile.sub_(top).clamp_(min=lowest_exponent(tile.dtype))
-            out.append(d.exp().mul_(d).mul_(inside).sum(-1).double())
-        return torch.cat(out)
+        """sum e*d over z > tau [F] fp64, where tau is in the chosen bin."""
+        row, _, value = self.found
+        higher = torch.arange(self.bins, device=tau.device) < self.chosen.unsqueeze(1)
+        out = (self.mass_ed * higher).sum(-1)
+        d = (value.double() - self.row_max.double()[row, 0]).clamp_(min=-750.0)
+        return out.index_add_(0, row, (d.exp() * d).masked_fill_(value <= tau[row], 0.0))

@@ -16,7 +16,7 @@ double masked_ed(const T* z, int64_t width, float max, float tau) {
       vf t = {};
       for (int64_t i = b; i < b + BLOCK; i += LANES) {
         const vf x = load(p + i), d = vmax(splat(LOWEST), x - max);
-        t += blend(x > tau, exp_neg(d) * d, vf{});
+        t += blend(x > tau, exp_near(d) * d, vf{});
       }
       sum += widen(low(t)) + widen(high(t));
     }
@@ -127,86 +127,16 @@ void collect_bin(const T* z, int64_t width, int bin, float max, Scratch& s) {
   });
 }
 
-// Bounds around the threshold from a sample of the row: a guess, which the exact pass confirms or refutes.
-template <class T>
-bool guess_bounds(const T* z, int64_t width, double top_p, float max, float& low_end, float& high_end) {
-  constexpr int64_t SAMPLE = 4096;
-  if (width < 8 * SAMPLE) return false;
-  alignas(64) float x[SAMPLE];
-  double mass[BINS] = {}, sum = 0, squares = 0;
-  for (int64_t i = 0; i < SAMPLE; i++) x[i] = as_float(z[i * width / SAMPLE]);
-  for (int64_t i = 0; i < SAMPLE; i += LANES) {
-    alignas(64) float e[LANES];
-    store(e, exp_neg(vmax(splat(LOWEST), load(x + i) - max)));
-    for (int k = 0; k < LANES; k++) {
-      mass[digit_of(x[i + k], max)] += e[k], sum += e[k], squares += (double)e[k] * e[k];
-    }
-  }
-  if (!(sum > 0)) return false;
-  const double spread = 4 * std::sqrt(top_p * (1 - top_p) * squares) / sum;  // four standard errors
-  int first = -1, last = BINS - 1;
-  double cumulative = 0;
-  for (int b = 0; b < BINS; b++) {
-    cumulative += mass[b] / sum;
-    if (first < 0 && cumulative > top_p - spread) first = b;
-    if (cumulative > top_p + spread) { last = b; break; }
-  }
-  if (first < 0) return false;
-  float unused;
-  bin_bounds(first, max, unused, high_end);
-  bin_bounds(last, max, low_end, unused);
-  return true;
-}
-
-// One exact pass: sum of all e, sum of e above high_end, and the logits in [low_end, high_end].
-template <class T>
-void scan_between(const T* z, int64_t width, float low_end, float high_end, float max, Scratch& s, double& sum,
-                  double& above) {
-  alignas(64) float tmp[CHUNK];
-  room_for(width, s);
-  vd all[2] = {}, higher[2] = {};
-  for (int64_t at = 0; at < width; at += CHUNK) {
-    const int64_t n = std::min(CHUNK, width - at), room = round_up(n, LANES);
-    const float* p = as_float(z + at, n, room, tmp);
-    for (int64_t i = 0; i < room; i += LANES) {
-      const vf x = load(p + i);
-      const vd halves[2] = {widen(low(x)), widen(high(x))};
-#pragma GCC unroll 2
-      for (int h = 0; h < 2; h++) {
-        const vd e = exp_neg(halves[h] - (double)max);
-        all[h] += e;
-        higher[h] += halves[h] > (double)high_end ? e : vd{};
-      }
-      uint32_t bits = ge_bits(x, splat(low_end)) & ge_bits(splat(high_end), x);
-      if (i + LANES > n) bits &= (1u << (n - i)) - 1;
-      if (bits) s.found += append(x, bits, (int32_t)(at + i), &s.keys[s.found], &s.ids[s.found]);
-    }
-  }
-  sum = hsum(all[0] + all[1]), above = hsum(higher[0] + higher[1]);
-}
-
 // Exact nucleus of one unsharded row by radix select; the row is still in the cache.
 template <class T>
 void select_row(const T* z, int64_t width, double top_p, bool exclusive, Scratch& s, Result& r) {
-  double sum = 0, above = 0, within = 0;
-  float low_end, high_end;
-  bool settled = false;
-  if (guess_bounds(z, width, top_p, r.max, low_end, high_end)) {
-    scan_between(z, width, low_end, high_end, r.max, s, sum, above);
-    weigh_collected(r.max, s);
-    for (size_t i = 0; i < s.found; i++) within += s.mass[i];
-    const double margin = 1e-12 * sum;  // summation orders differ by less
-    settled = above < top_p * sum - margin && above + within > top_p * sum + margin;
-  }
-  if (!settled) {
-    row_histogram(z, width, r.max, s.histogram);
-    sum = above = 0;
-    for (double x : s.histogram) sum += x;
-    collect_bin(z, width, pick(s.histogram, above, top_p * sum), r.max, s);
-    weigh_collected(r.max, s);
-  }
+  row_histogram(z, width, r.max, s.histogram);
+  double sum = 0, above = 0;
+  for (double x : s.histogram) sum += x;
   r.sum_e = sum;
   const double target = top_p * sum;
+  collect_bin(z, width, pick(s.histogram, above, target), r.max, s);
+  weigh_collected(r.max, s);
   size_t n = s.found;
   for (;;) {
     int32_t low_key = s.keys[0], top = s.keys[0];
