@@ -100,8 +100,7 @@ def main() -> None:
         batch = make_batch(samples, rewards, rewards - 0.5, multiple=trainers[name].length_multiple)
         batches[name] = trainers[name].compute_logprobs(batch)
     fed = {
-        name: sum(m.tokens.numel() for m in t.micro_batches(batches[name])[0])
-        for name, t in trainers.items()
+        name: sum(m.tokens.numel() for m in t.micro_batches(batches[name])[0]) for name, t in trainers.items()
     }
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(args.repeats + 1):
@@ -117,9 +116,8 @@ def main() -> None:
     )
     print(f"{'':8}{'tokens fed':>12}{'waste':>9}{'seconds':>10}{'tokens/s':>10}")
     for name in ("padded", "packed"):
-        print(
-            f"{name:8}{fed[name]:12d}{fed[name] / real - 1:9.1%}{medians[name]:10.3f}{real / medians[name]:10.0f}"
-        )
+        waste, speed = fed[name] / real - 1, real / medians[name]
+        print(f"{name:8}{fed[name]:12d}{waste:9.1%}{medians[name]:10.3f}{speed:10.0f}")
     print(
         f"saved_tokens_percent={100 * (1 - fed['packed'] / fed['padded']):.1f} "
         f"time_ratio={medians['packed'] / medians['padded']:.3f}"

@@ -109,6 +109,11 @@ class EntropyOptions:
     entropy_top_p: float = option(
         0.8, "mass of the top-p mask over the vocabulary; 1 = all", above=0, maximum=1
     )
+    entropy_chunk_mb: int = option(
+        64,
+        "temporary memory of the vocabulary operation, in MiB; rows are taken in chunks that fit",
+        minimum=1,
+    )
     entropy_top_p_boundary: str = option(
         "inclusive",
         "whether the token that crosses the mass is in the mask",

@@ -46,7 +46,7 @@ from siren_megatron.microbatch import (
 from siren_megatron.model import build_model, check_architecture, transformer_config
 from siren_megatron.platform import Platform
 from siren_megatron.reference import ReferenceWeights
-from siren_megatron.vocab_parallel import TokenStats, vocab_parallel_token_stats
+from siren_megatron.vocab_parallel import TokenStats, TopPCounters, vocab_parallel_token_stats
 from siren_megatron.vocab_parallel.top_two import vocab_parallel_top_two_gap
 
 
@@ -115,6 +115,7 @@ class Trainer:
         self.entropy = EntropyControl(
             config.entropy, num_steps=config.train.num_steps, seed=config.train.seed
         )
+        self.counters = TopPCounters()
         self.policy_options = _policy_loss_options(config)
         # Before a checkpoint of the run is loaded: the reference is the policy that --hf-checkpoint holds.
         self.reference = (
@@ -168,13 +169,18 @@ class Trainer:
         Returns:
             TokenStats of [B, S], 0 outside the responses.
         """
+        selected = self._response_logits(micro, logits)
         stats = vocab_parallel_token_stats(
-            self._response_logits(micro, logits),
+            selected,
             micro.batch.labels.flatten()[micro.targets],
             top_p=top_p,
             top_p_boundary=self.config.entropy.entropy_top_p_boundary,
             vocab_size=self.vocab_size,
             tp_group=self.tp_group if self.tp_group.size() > 1 else None,
+            chunk_mb=self.config.entropy.entropy_chunk_mb,
+            # `selected` is a copy that nothing else reads: its gradient may take its place.
+            inplace_backward=selected.requires_grad,
+            counters=self.counters,
         )
         return TokenStats(*self._to_rows(micro, torch.stack(list(stats))))
 
@@ -256,6 +262,7 @@ class Trainer:
         Returns:
             Metrics, each the mean over the optimizer steps ("lr": the last one's).
         """
+        self.counters = TopPCounters()
         batch, correction_metrics = self._weigh_tokens(batch)
         size = self.config.train.global_batch_size
         starts = list(range(0, batch.num_responses, size)) * self.config.grpo.grpo_epochs
@@ -264,7 +271,15 @@ class Trainer:
             for index, start in enumerate(starts)
         ]
         means = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
-        return {**means, **correction_metrics, "lr": steps[-1]["lr"]}
+        return {**means, **correction_metrics, **self._count_rows(), "lr": steps[-1]["lr"]}
+
+    def _count_rows(self) -> dict[str, float]:
+        """Rows of logits that held a NaN, and that the vocabulary operation's fast path could not certify."""
+        counts = torch.tensor([self.counters.nan_rows, self.counters.fallback_rows], device=self.device)
+        if self.is_last_stage:
+            dist.all_reduce(counts, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        self._broadcast_from_last_stage(counts)
+        return dict(zip(("nan_rows", "top_p_fallback_rows"), map(float, counts.tolist()), strict=True))
 
     def _weigh_tokens(self, batch: TrainBatch) -> tuple[TrainBatch, dict[str, float]]:
         """Constant weights of the tokens' policy loss: rollout correction, and 0 for truncated responses."""
