@@ -46,6 +46,13 @@ class TrainBatch:
         old_logprobs: [N, S] fp32 of the policy at the start of the step, 0 outside loss_mask.
         entropy, top_p_entropy: [N, S] fp32 of the policy at the start of the step, 0 outside loss_mask.
         rewards, advantages: [N] fp32.
+        truncated: [N] bool, the response was cut at the token budget.
+        ref_logprobs: [N, S] fp32 of the reference model, 0 where there is none.
+        top_two_gap: [N, S] fp32, log-prob of the likeliest token minus that of the second, of the policy at
+            the start of the step; 0 unless the entropy method asks for it.
+        token_advantages: [N, S] fp32, `advantages` after the entropy method's changes.
+        token_weights: [N, S] fp32 constants on each token's policy loss: rollout correction and masks.
+        entropy_weights: [N, S] fp32 constants by which the entropy method marks positions.
     """
 
     tokens: Tensor
@@ -57,10 +64,21 @@ class TrainBatch:
     top_p_entropy: Tensor
     rewards: Tensor
     advantages: Tensor
+    truncated: Tensor
+    ref_logprobs: Tensor
+    top_two_gap: Tensor
+    token_advantages: Tensor
+    token_weights: Tensor
+    entropy_weights: Tensor
 
     @property
     def num_responses(self) -> int:
         return self.tokens.size(0)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[N] response tokens of each response."""
+        return self.loss_mask.sum(dim=1)
 
     @property
     def num_tokens(self) -> int:
@@ -117,9 +135,23 @@ def make_batch(
         labels[row, : len(ids) - 1] = ids[1:]
         loss_mask[row, span] = True
         rollout_logprobs[row, span] = torch.tensor(sample.rollout_logprobs)
-    zeros = torch.zeros(shape)
+    zeros, advantages = torch.zeros(shape), advantages.float()
     return TrainBatch(
-        tokens, labels, loss_mask, rollout_logprobs, zeros, zeros, zeros, rewards.float(), advantages.float()
+        tokens=tokens,
+        labels=labels,
+        loss_mask=loss_mask,
+        rollout_logprobs=rollout_logprobs,
+        old_logprobs=zeros,
+        entropy=zeros,
+        top_p_entropy=zeros,
+        rewards=rewards.float(),
+        advantages=advantages,
+        truncated=torch.tensor([s.finish_reason == "length" for s in samples]),
+        ref_logprobs=zeros,
+        top_two_gap=zeros,
+        token_advantages=advantages.unsqueeze(1) * loss_mask,
+        token_weights=loss_mask.float(),
+        entropy_weights=zeros,
     )
 
 
@@ -134,15 +166,20 @@ def broadcast_batch(batch: TrainBatch | None, device: torch.device) -> TrainBatc
         shape.copy_(torch.tensor(batch.tokens.shape))
     dist.broadcast(shape, src=0)
     rows, length = shape.tolist()
-    kinds = {"tokens": torch.int64, "labels": torch.int64, "loss_mask": torch.uint8}
+    kinds = {
+        "tokens": torch.int64,
+        "labels": torch.int64,
+        "loss_mask": torch.uint8,
+        "truncated": torch.uint8,
+    }
     received = {}
     for field in dataclasses.fields(TrainBatch):
-        size = (rows,) if field.name in ("rewards", "advantages") else (rows, length)
+        size = (rows,) if field.name in ("rewards", "advantages", "truncated") else (rows, length)
         kind = kinds.get(field.name, torch.float32)
         if batch is None:
             tensor = torch.empty(size, dtype=kind, device=device)
         else:
             tensor = getattr(batch, field.name).to(device=device, dtype=kind).contiguous()
         dist.broadcast(tensor, src=0)
-        received[field.name] = tensor.bool() if field.name == "loss_mask" else tensor
+        received[field.name] = tensor.bool() if kind == torch.uint8 else tensor
     return TrainBatch(**received)

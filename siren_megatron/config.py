@@ -18,40 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LOSS_AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    type: type | None = None,
-    choices: Sequence[str] | None = None,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-):
-    """A dataclass field that is also a command-line option.
-
-    Args:
-        default: default value; `dataclasses.MISSING` for a required option.
-        help: meaning, unit and sentinel values.
-        type: the option's type where the default does not tell it (a default of None).
-        choices: allowed values.
-        minimum, above, maximum: bounds; `minimum` and `maximum` are allowed values, `above` is not.
-    """
-    metadata = {
-        "help": help,
-        "type": type or (str if default in (None, dataclasses.MISSING) else default.__class__),
-        "choices": choices,
-        "minimum": minimum,
-        "above": above,
-        "maximum": maximum,
-    }
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-REQUIRED = dataclasses.MISSING
+from siren_megatron.method_options import CorrectionOptions, EntropyOptions, GrpoOptions, check_methods
+from siren_megatron.options import REQUIRED, flag, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,41 +51,6 @@ class TrainOptions:
     adam_eps: float = option(1e-8, "AdamW's epsilon", above=0)
     clip_grad: float = option(1.0, "largest global gradient norm; 0 = no clipping", minimum=0)
     seed: int = option(1234, "seed of prompts, sampling and initialisation", minimum=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GrpoOptions:
-    grpo_clip_ratio_low: float = option(0.2, "epsilon below 1 of the ratio's clip", minimum=0, maximum=1)
-    grpo_clip_ratio_high: float = option(0.2, "epsilon above 1 of the ratio's clip", minimum=0)
-    grpo_dual_clip: float = option(3.0, "bound of the ratio for negative advantages; 0 = none", minimum=0)
-    grpo_normalize_std: bool = option(False, "divide advantages by the group's standard deviation (GRPO)")
-    loss_agg: str = option(
-        "seq-mean-token-sum-norm",
-        "how token losses become one: '-norm' divides by the maximum response length (Dr. GRPO)",
-        choices=LOSS_AGGREGATIONS,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EntropyOptions:
-    entropy_method: str = option("siren", "entropy regulariser", choices=("none", "siren"))
-    entropy_coeff: float = option(0.005, "beta, weight of the entropy term", minimum=0)
-    entropy_top_p: float = option(
-        0.8, "mass of the top-p mask over the vocabulary; 1 = all", above=0, maximum=1
-    )
-    entropy_top_p_boundary: str = option(
-        "inclusive",
-        "whether the token that crosses the mass is in the mask",
-        choices=("inclusive", "exclusive"),
-    )
-    siren_peak_quantile: float = option(
-        0.8, "quantile of a response's entropies above which positions count; 0 = all positions", minimum=0
-    )
-    siren_anchor_estimate: str = option(
-        "step",
-        "mean entropy of the penalty's factor: of the whole optimizer step, or of each micro-batch",
-        choices=("step", "microbatch"),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +104,7 @@ GROUPS = {
     "train": TrainOptions,
     "grpo": GrpoOptions,
     "entropy": EntropyOptions,
+    "correction": CorrectionOptions,
     "rollout": RolloutOptions,
     "data": DataOptions,
     "run": RunOptions,
@@ -186,6 +120,7 @@ class Config:
     train: TrainOptions
     grpo: GrpoOptions
     entropy: EntropyOptions
+    correction: CorrectionOptions
     rollout: RolloutOptions
     data: DataOptions
     run: RunOptions
@@ -230,10 +165,6 @@ class _OneLineParser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = _OneLineParser(
         prog="pretrain_siren.py",
@@ -247,12 +178,12 @@ def build_parser() -> argparse.ArgumentParser:
             kind, text = field.metadata["type"], field.metadata["help"]
             if kind is bool:
                 group.add_argument(
-                    _flag(field.name), action=argparse.BooleanOptionalAction, default=field.default, help=text
+                    flag(field.name), action=argparse.BooleanOptionalAction, default=field.default, help=text
                 )
             else:
                 required = field.default is REQUIRED
                 group.add_argument(
-                    _flag(field.name),
+                    flag(field.name),
                     type=kind,
                     required=required,
                     choices=field.metadata["choices"],
@@ -288,6 +219,13 @@ def check(config: Config, world_size: int | None = None) -> None:
     _check_bounds(config)
     _check_architecture(config, read_hf_config(config.model.hf_checkpoint))
     _check_batches(config, world_size)
+    check_methods(
+        config.grpo,
+        config.entropy,
+        config.correction,
+        group_size=config.rollout.rollout_num_samples,
+        max_response=config.rollout.rollout_max_response_length,
+    )
     _check_files(config)
 
 
@@ -298,25 +236,21 @@ def _check_bounds(config: Config) -> None:
             if value is None or not isinstance(value, int | float):
                 continue
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{_flag(field.name)} must be finite, got {value}")
+                raise ValueError(f"{flag(field.name)} must be finite, got {value}")
             if m["minimum"] is not None and value < m["minimum"]:
-                raise ValueError(f"{_flag(field.name)} must be at least {m['minimum']}, got {value}")
+                raise ValueError(f"{flag(field.name)} must be at least {m['minimum']}, got {value}")
             if m["above"] is not None and value <= m["above"]:
-                raise ValueError(f"{_flag(field.name)} must be greater than {m['above']}, got {value}")
+                raise ValueError(f"{flag(field.name)} must be greater than {m['above']}, got {value}")
             if m["maximum"] is not None and value > m["maximum"]:
-                raise ValueError(f"{_flag(field.name)} must be at most {m['maximum']}, got {value}")
-    if config.entropy.siren_peak_quantile >= 1:
-        raise ValueError("--siren-peak-quantile must be less than 1 (no position would count)")
-    if 0 < config.grpo.grpo_dual_clip <= 1:
-        raise ValueError("--grpo-dual-clip must be greater than 1, or 0 for none")
+                raise ValueError(f"{flag(field.name)} must be at most {m['maximum']}, got {value}")
 
 
 def _check_batches(config: Config, world_size: int | None) -> None:
     train, rollout, parallel = config.train, config.rollout, config.parallel
     if rollout.rollout_max_response_length >= train.seq_length:
         raise ValueError(
-            f"--rollout-max-response-length {rollout.rollout_max_response_length} leaves no room for a prompt "
-            f"in --seq-length {train.seq_length}"
+            f"--rollout-max-response-length {rollout.rollout_max_response_length} leaves no room for a "
+            f"prompt in --seq-length {train.seq_length}"
         )
     responses = rollout.rollout_batch_size * rollout.rollout_num_samples
     if responses % train.global_batch_size:
@@ -344,8 +278,8 @@ def _check_batches(config: Config, world_size: int | None) -> None:
     per_rank = train.micro_batch_size * (world_size // size)
     if train.global_batch_size % per_rank:
         raise ValueError(
-            f"--micro-batch-size {train.micro_batch_size} x {world_size // size} data-parallel rank(s) does not "
-            f"divide --global-batch-size {train.global_batch_size}"
+            f"--micro-batch-size {train.micro_batch_size} x {world_size // size} data-parallel rank(s) does "
+            f"not divide --global-batch-size {train.global_batch_size}"
         )
 
 
@@ -389,11 +323,11 @@ def _check_architecture(config: Config, architecture: dict[str, Any]) -> None:
             pp,
         ),
     }
-    for key, (value, flag, size) in divided.items():
+    for key, (value, option_flag, size) in divided.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"--hf-checkpoint: config.json has no positive {key}")
         if value % size:
-            raise ValueError(f"{flag} {size} does not divide the model's {key} {value}")
+            raise ValueError(f"{option_flag} {size} does not divide the model's {key} {value}")
     limit = architecture.get("max_position_embeddings", config.train.seq_length)
     if config.train.seq_length > limit:
         raise ValueError(

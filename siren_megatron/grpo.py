@@ -1,4 +1,4 @@
-"""GRPO: group advantages and the clipped surrogate, as pure functions.
+"""The policy loss: clipped surrogates of PPO, GSPO and CISPO, and the KL term, as pure functions.
 
 Legend: N = responses of an optimizer step (over all ranks), B = responses of a micro-batch, S = positions.
 `loss_mask` is true where the label is a token of the response. Losses and metrics are SUMS with global
@@ -8,7 +8,7 @@ Departures from textbook GRPO (arXiv 2402.03300), each an option:
 - advantages are not divided by the group's standard deviation (Dr. GRPO, arXiv 2503.20783);
 - token losses are summed and divided by the maximum response length, not by the response's own length;
 - the ratio of tokens with negative advantage is bounded (dual clip, arXiv 1912.09729, equation 5);
-- there is no KL term to a reference model.
+- there is no KL term to a reference model (`--grpo-kl-coeff` adds one).
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from siren_megatron.divergence import kl_estimate
+
+LIMIT = 20.0
+"""Log-ratios are held within ±20 nats: exp overflows fp32 at 88, and e^20 is far outside any clip."""
+
 
 @dataclass(frozen=True)
 class LossScale:
@@ -26,32 +31,6 @@ class LossScale:
     num_responses: int
     num_tokens: int
     max_response_length: int
-
-
-def group_advantages(rewards: Tensor, group_size: int, *, normalize_std: bool = False) -> Tensor:
-    """A_i = R_i - mean of its group, optionally divided by the group's standard deviation.
-
-    Args:
-        rewards: [N] one reward a response, the responses of a prompt side by side.
-        group_size: responses of one prompt.
-        normalize_std: divide by the (unbiased) standard deviation + 1e-6, as GRPO does.
-
-    Returns:
-        [N] fp32.
-
-    Raises:
-        ValueError: N is not a multiple of group_size.
-
-    References: arXiv 2503.20783 (Dr. GRPO), section 3.2; arXiv 2402.03300, section 4.1.2.
-    """
-    if rewards.numel() % group_size:
-        raise ValueError(f"{rewards.numel()} rewards do not form groups of {group_size}")
-    groups = rewards.double().view(-1, group_size)
-    advantages = groups - groups.mean(dim=1, keepdim=True)
-    if normalize_std:
-        std = groups.std(dim=1, keepdim=True) if group_size > 1 else torch.zeros_like(groups)
-        advantages = advantages / (std + 1e-6)
-    return advantages.view(-1).float()
 
 
 def token_weights(loss_mask: Tensor, loss_agg: str, scale: LossScale) -> Tensor:
@@ -102,8 +81,25 @@ def clipped_surrogate(
 
     References: arXiv 1707.06347 (PPO), equation 7; arXiv 1912.09729 (dual clip), equation 5.
     """
-    # exp overflows fp32 at 88; a ratio of e^20 is far outside any clip.
-    ratio = (logprobs - old_logprobs).clamp(-20.0, 20.0).exp()
+    ratio = (logprobs - old_logprobs).clamp(-LIMIT, LIMIT).exp()
+    return clip_ratio(
+        ratio,
+        advantages,
+        clip_ratio_low=clip_ratio_low,
+        clip_ratio_high=clip_ratio_high,
+        dual_clip=dual_clip,
+    )
+
+
+def clip_ratio(
+    ratio: Tensor,
+    advantages: Tensor,
+    *,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    dual_clip: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The surrogate of `clipped_surrogate` from a ratio [B, S]."""
     plain = -ratio * advantages
     bounded = -ratio.clamp(1.0 - clip_ratio_low, 1.0 + clip_ratio_high) * advantages
     loss, clipped = torch.maximum(plain, bounded), bounded > plain
@@ -114,6 +110,59 @@ def clipped_surrogate(
     return loss, clipped
 
 
+def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
+    """GSPO's ratio of a response, spread over its tokens: s_i · exp(logp - stopgrad(logp)).
+
+    s_i = exp(mean over the response of (logprobs - old_logprobs)). Each token's value is s_i; the gradient of
+    their mean is that of s_i (GSPO-token with one advantage a response).
+
+    Args:
+        logprobs: [B, S], with gradient; whole responses.
+        old_logprobs: [B, S].
+        loss_mask: [B, S] bool.
+
+    Returns:
+        [B, S]
+
+    References: arXiv 2507.18071 (GSPO), equations 7 and 14.
+    """
+    x = torch.where(loss_mask, (logprobs - old_logprobs).detach(), torch.zeros_like(logprobs))
+    mean = x.sum(dim=1, keepdim=True) / loss_mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return mean.clamp(-LIMIT, LIMIT).exp() * (logprobs - logprobs.detach()).exp()
+
+
+def clipped_importance(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+) -> tuple[Tensor, Tensor]:
+    """CISPO: -stopgrad(clip(r, 1 - low, 1 + high))·A·logprobs: weights are clipped, no gradient is lost.
+
+    Args and returns: as `clipped_surrogate`; "clipped" marks tokens whose weight the clip changed.
+
+    References: arXiv 2506.13585 (MiniMax-M1), equations 4 and 5.
+    """
+    ratio = (logprobs - old_logprobs).detach().clamp(-LIMIT, LIMIT).exp()
+    weight = ratio.clamp(1.0 - clip_ratio_low, 1.0 + clip_ratio_high)
+    return -weight * advantages * logprobs, weight != ratio
+
+
+@dataclass(frozen=True)
+class PolicyLossOptions:
+    """`--grpo-...` as plain values; see `method_options.GrpoOptions`."""
+
+    policy_loss: str = "ppo"
+    loss_agg: str = "seq-mean-token-sum-norm"
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    dual_clip: float = 0.0
+    kl_coeff: float = 0.0
+    kl_estimator: str = "k3"
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -121,40 +170,66 @@ def policy_loss(
     loss_mask: Tensor,
     *,
     scale: LossScale,
-    loss_agg: str,
-    clip_ratio_low: float,
-    clip_ratio_high: float,
-    dual_clip: float = 0.0,
+    options: PolicyLossOptions,
+    weights: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This micro-batch's share of the step's policy loss, and of its metrics.
 
+    L = sum over tokens of w_agg · (weights · surrogate + kl_coeff · KL).
+
     Args:
         logprobs, old_logprobs: [B, S]; values outside loss_mask are ignored.
-        advantages: [B].
+        advantages: [B, S].
         loss_mask: [B, S] bool.
         scale: global counts of the optimizer step.
+        weights: [B, S] constants on the tokens' surrogates, not on the KL; None = 1.
+        ref_logprobs: [B, S] of the reference, needed for kl_coeff > 0.
 
     Returns:
-        (loss, {"loss/policy", "clip_fraction", "kl_old_new"}): scalars that add up over micro-batches and
-        ranks. kl_old_new is the k3 estimator mean(e^x - 1 - x), x = logprobs - old_logprobs, in nats
-        (http://joschu.net/blog/kl-approx.html).
+        (loss, {"loss/policy", "clip_fraction", "kl_old_new"[, "loss/kl", "kl_ref"]}): scalars that add up
+        over micro-batches and ranks. kl_old_new is the k3 estimate of KL(old || new), in nats a token
+        (http://joschu.net/blog/kl-approx.html); kl_ref is that of --grpo-kl-estimator.
     """
     old_logprobs = torch.where(loss_mask, old_logprobs, logprobs.detach())
-    token_loss, clipped = clipped_surrogate(
-        logprobs,
-        old_logprobs,
-        advantages.unsqueeze(1),
-        clip_ratio_low=clip_ratio_low,
-        clip_ratio_high=clip_ratio_high,
-        dual_clip=dual_clip,
-    )
-    loss = (token_weights(loss_mask, loss_agg, scale) * token_loss).sum()
+    token_loss, clipped = token_losses(logprobs, old_logprobs, advantages, loss_mask, options)
+    if weights is not None:
+        token_loss = token_loss * weights
+    aggregation = token_weights(loss_mask, options.loss_agg, scale)
+    loss = (aggregation * token_loss).sum()
+    tokens = max(scale.num_tokens, 1)
     with torch.no_grad():
-        tokens = max(scale.num_tokens, 1)
-        x = (logprobs - old_logprobs).clamp(-20.0, 20.0)
+        x = (logprobs - old_logprobs).clamp(-LIMIT, LIMIT)
         metrics = {
             "loss/policy": loss.detach(),
             "clip_fraction": (clipped & loss_mask).sum() / tokens,
-            "kl_old_new": ((x.exp() - 1 - x) * loss_mask).sum() / tokens,
+            "kl_old_new": ((x.expm1() - x) * loss_mask).sum() / tokens,
         }
+    if options.kl_coeff:
+        ref_logprobs = torch.where(loss_mask, ref_logprobs, logprobs.detach())
+        kl = kl_estimate(logprobs, ref_logprobs, options.kl_estimator)
+        kl_loss = options.kl_coeff * (aggregation * kl).sum()
+        metrics["loss/kl"] = kl_loss.detach()
+        metrics["kl_ref"] = (kl.detach() * loss_mask).sum() / tokens
+        loss = loss + kl_loss
     return loss, metrics
+
+
+def token_losses(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, options: PolicyLossOptions
+) -> tuple[Tensor, Tensor]:
+    """(loss, clipped) of each token by `options.policy_loss`, as `clipped_surrogate` returns them.
+
+    Args:
+        logprobs, old_logprobs, advantages: [B, S].
+        loss_mask: [B, S] bool.
+    """
+    clip = {"clip_ratio_low": options.clip_ratio_low, "clip_ratio_high": options.clip_ratio_high}
+    if options.policy_loss == "cispo":
+        return clipped_importance(logprobs, old_logprobs, advantages, **clip)
+    if options.policy_loss == "gspo":
+        ratio = sequence_ratio(logprobs, old_logprobs, loss_mask)
+        return clip_ratio(ratio, advantages, **clip)
+    if options.policy_loss == "ppo":
+        return clipped_surrogate(logprobs, old_logprobs, advantages, dual_clip=options.dual_clip, **clip)
+    raise ValueError(f"--grpo-policy-loss {options.policy_loss} is unknown")

@@ -6,16 +6,18 @@ A stage that only rank 0 does returns None on the other ranks; tensors reach the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
-from siren_megatron import grpo
+from siren_megatron.advantages import assign_advantages
 from siren_megatron.batch import Sample, TrainBatch, broadcast_batch, make_batch
 from siren_megatron.checkpoint import load_checkpoint, save_checkpoint
 from siren_megatron.config import Config, read_hf_config
+from siren_megatron.dynamic_sampling import refill
 from siren_megatron.metrics import MetricsLogger, StageTimer
 from siren_megatron.platform import Platform, init_process_group
 from siren_megatron.prompts import Prompt, PromptCursor, load_prompts, load_tokenizer
@@ -50,6 +52,7 @@ class Job:
         self.config, self.platform = config, device
         self.step = 0
         self.entropy_anchor: float | None = None
+        self.sampling_metrics: dict[str, float] = {}
         self._stack = contextlib.ExitStack()
 
     # ---------------------------------------------------------------- life
@@ -159,14 +162,15 @@ class Job:
 
     # ---------------------------------------------------------------- stages
 
-    def next_prompts(self) -> list[Prompt] | None:
+    def next_prompts(self, count: int | None = None) -> list[Prompt] | None:
+        """The next prompts of the data; `--rollout-batch-size` of them when count is None."""
         if not self.is_main:
             return None
-        indices = self.cursor.next(self.config.rollout.rollout_batch_size)
+        indices = self.cursor.next(self.config.rollout.rollout_batch_size if count is None else count)
         return [self.dataset.prompts[i] for i in indices]
 
-    def generate(self, prompts: list[Prompt] | None) -> list[list[Sample]] | None:
-        """vLLM's responses; the same for the same seed and step."""
+    def generate(self, prompts: list[Prompt] | None, extra_round: int = 0) -> list[list[Sample]] | None:
+        """vLLM's responses; the same for the same seed, step and round of dynamic sampling."""
         if not self.is_main:
             return None
         rollout = self.config.rollout
@@ -176,7 +180,7 @@ class Job:
                 num_samples=rollout.rollout_num_samples,
                 max_tokens=rollout.rollout_max_response_length,
                 temperature=rollout.rollout_temperature,
-                seed=self.config.train.seed + self.step,
+                seed=self.config.train.seed + self.step + 1_000_003 * extra_round,
                 stop_token_ids=[self.tokenizer.eos_token_id],
             )
 
@@ -193,36 +197,67 @@ class Job:
             self.reward_result = self.rewards.score(pairs)
         return self.reward_result.rewards
 
+    def refill(
+        self, groups: list[list[Sample]] | None, rewards: list[float] | None
+    ) -> tuple[list[list[Sample]] | None, list[float] | None]:
+        """With --grpo-dynamic-sampling, groups without variance make room for those of further prompts."""
+        if not self.is_main or not self.config.grpo.grpo_dynamic_sampling:
+            return groups, rewards
+        timeouts, errors = self.reward_result.num_timeouts, self.reward_result.num_errors
+
+        def draw(extra_round: int, count: int) -> tuple[list[list[Sample]], list[float]]:
+            nonlocal timeouts, errors
+            prompts = self.next_prompts(count)
+            new_groups = self.generate(prompts, extra_round)
+            new_rewards = self.score(prompts, new_groups)
+            timeouts += self.reward_result.num_timeouts
+            errors += self.reward_result.num_errors
+            return new_groups, new_rewards
+
+        rounds = self.config.grpo.grpo_dynamic_sampling_max_rounds
+        refilled = refill(groups, rewards, draw=draw, max_rounds=rounds)
+        self.reward_result = dataclasses.replace(self.reward_result, num_timeouts=timeouts, num_errors=errors)
+        self.sampling_metrics = refilled.metrics()
+        return refilled.groups, refilled.rewards
+
     def make_batch(self, groups: list[list[Sample]] | None, rewards: Sequence[float] | None) -> TrainBatch:
-        """Samples, rewards and group advantages as tensors, on every rank."""
+        """Samples and rewards as tensors, on every rank."""
         batch = None
         if self.is_main:
             samples = [sample for group in groups for sample in group]
             tensor = torch.tensor(rewards)
-            advantages = grpo.group_advantages(
-                tensor,
-                self.config.rollout.rollout_num_samples,
-                normalize_std=self.config.grpo.grpo_normalize_std,
+            batch = make_batch(
+                samples, tensor, torch.zeros_like(tensor), multiple=self.trainer.length_multiple
             )
-            batch = make_batch(samples, tensor, advantages, multiple=self.trainer.length_multiple)
         return broadcast_batch(batch, self.platform.device)
 
     def compute_logprobs(self, batch: TrainBatch) -> TrainBatch:
-        """Log-probs and entropies of the policy; the first call sets the entropy anchor.
+        """Log-probs and entropies of the policy (and the reference's); the first call sets the anchor.
 
         Raises:
             JobError: vLLM sampled from another policy than the trainer holds.
         """
         with self.timer.stage("logprob"):
             batch = self.trainer.compute_logprobs(batch)
+            if self.trainer.reference is not None:
+                batch = self.trainer.compute_ref_logprobs(batch)
         self._check_logprobs(batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask, "rollout")
         if self.entropy_anchor is None:
-            self.entropy_anchor = self.trainer.masked_entropy(batch)
+            self.entropy_anchor = self.trainer.entropy.measure(batch)
         return batch
+
+    def compute_advantages(self, batch: TrainBatch) -> TrainBatch:
+        """Advantages from rewards, and from the log-probs where a KL is taken from the reward."""
+        return assign_advantages(
+            batch,
+            self.config.grpo,
+            group_size=self.config.rollout.rollout_num_samples,
+            max_response_length=self.config.rollout.rollout_max_response_length,
+        )
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
         with self.timer.stage("train"):
-            metrics = self.trainer.update(batch, self.entropy_anchor)
+            metrics = self.trainer.update(batch, self.entropy_anchor, step=self.step)
         self.step += 1
         return metrics
 
@@ -272,13 +307,18 @@ class Job:
         mean, largest = float(difference.mean()), float(difference.max())
         if not mean <= self.config.logprob_tolerance:
             raise JobError(
-                f"step {self.step}: after the {when} vLLM's and the trainer's log-probs differ by {mean:.3g} nats "
-                f"on average (largest {largest:.3g}), more than --rollout-logprob-tolerance "
+                f"step {self.step}: after the {when} vLLM's and the trainer's log-probs differ by {mean:.3g} "
+                f"nats on average (largest {largest:.3g}), more than --rollout-logprob-tolerance "
                 f"{self.config.logprob_tolerance:g}: vLLM serves another policy than the one that is trained"
             )
         return largest
 
     # ---------------------------------------------------------------- record
+
+    @property
+    def _anchor_name(self) -> str:
+        """The anchor is of the entropy that the method acts on: SIREN's masked one, or another."""
+        return "siren/entropy_anchor" if self.trainer.entropy.name == "siren" else "entropy_anchor"
 
     def log(self, batch: TrainBatch, metrics: dict[str, float]) -> None:
         """Write one row of metrics."""
@@ -292,7 +332,9 @@ class Job:
                 "reward": float(batch.rewards.mean()),
                 "entropy": float(batch.entropy[mask].mean()),
                 "entropy_top_p": float(batch.top_p_entropy[mask].mean()),
-                "siren/entropy_anchor": self.entropy_anchor,
+                "siren/entropy_masked": self.trainer.masked_entropy(batch),
+                self._anchor_name: self.trainer.entropy.target(self.entropy_anchor),
+                **self.sampling_metrics,
                 **metrics,
                 "response_length": tokens / batch.num_responses,
                 "rollout_logprob_diff": float(
@@ -316,6 +358,7 @@ class Job:
                 {
                     "step": self.step,
                     "entropy_anchor": self.entropy_anchor,
+                    "entropy": self.trainer.entropy.state_dict(),
                     "cursor": self.cursor.state_dict() if self.is_main else None,
                     "config": self.config.flat(),
                 },
@@ -324,6 +367,7 @@ class Job:
     def _resume(self) -> None:
         state = load_checkpoint(self.config.run.load / "checkpoints", self.trainer)
         self.step, self.entropy_anchor = state["step"], state["entropy_anchor"]
+        self.trainer.entropy.load_state_dict(state["entropy"])
         if self.is_main:
             self.cursor.load_state_dict(state["cursor"])
 

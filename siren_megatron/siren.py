@@ -56,34 +56,14 @@ def masked_entropy(entropy: Tensor, mask: Tensor) -> Tensor:
     return selected.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
-def anchored_penalty(
-    response_entropies: Tensor,
-    *,
-    coeff: float,
-    anchor: float,
-    num_responses: int,
-    step_entropy: float | None,
-) -> Tensor:
-    """This micro-batch's share of a loss whose gradient is that of beta·(H - H_0)².
-
-    The gradient of beta·(H - H_0)², H the mean of h_i over the N responses of the step, is
-    c·sum_i grad h_i / N with c = 2·beta·(H - H_0). With c a detached constant this is a plain sum: it comes
-    out the same however the responses are spread over micro-batches and ranks.
+def anchored_penalty(entropy: Tensor, *, coeff: float, anchor: float) -> Tensor:
+    """beta·(H - H_0)².
 
     Args:
-        response_entropies: [B] h_i, with gradient.
+        entropy: H in nats, the mean of h_i over the responses of the optimizer step.
         coeff: beta.
         anchor: H_0 in nats, of the initial policy on the first rollout.
-        num_responses: N.
-        step_entropy: H in nats over all responses of the optimizer step, from the log-prob pass; None takes
-            the micro-batch's own mean and squares that, as the released code does.
-
-    Returns:
-        A scalar for the backward pass. Its value is the penalty itself only with step_entropy None.
 
     References: arXiv 2509.25133, section 4 (self-anchored regularisation).
     """
-    if step_entropy is None:
-        share = response_entropies.numel() / num_responses
-        return share * coeff * (response_entropies.mean() - anchor).square()
-    return 2.0 * coeff * (step_entropy - anchor) * response_entropies.sum() / num_responses
+    return coeff * (entropy - anchor).square()

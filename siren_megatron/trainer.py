@@ -1,7 +1,7 @@
 """The policy on megatron-core: log-prob pass, update, and the one block that holds all loss scaling.
 
-Legend: N = responses of an optimizer step (over all ranks), B = responses of a micro-batch, S = padded length,
-T = response tokens of a micro-batch, V = vocabulary, tp = tensor-parallel size.
+Legend: N = responses of an optimizer step (over all ranks), B = responses of a micro-batch, S = padded
+length, T = response tokens of a micro-batch, V = vocabulary, tp = tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ from torch import Tensor
 from siren_megatron import conversion, grpo, siren
 from siren_megatron.batch import TrainBatch
 from siren_megatron.config import Config
-from siren_megatron.entropy_methods import ENTROPY_METHODS, EntropyInputs
-from siren_megatron.grpo import LossScale
+from siren_megatron.correction import rollout_correction
+from siren_megatron.entropy_control import EntropyControl, EntropyStep
+from siren_megatron.entropy_methods import entropy_loss
+from siren_megatron.grpo import LossScale, PolicyLossOptions
 from siren_megatron.model import build_model, check_architecture, transformer_config
 from siren_megatron.platform import Platform
+from siren_megatron.reference import ReferenceWeights
 from siren_megatron.vocab_parallel import TokenStats, vocab_parallel_token_stats
+from siren_megatron.vocab_parallel.top_two import vocab_parallel_top_two_gap
 
 
 def initialize_model_parallel(config: Config) -> None:
@@ -87,6 +91,12 @@ class Trainer:
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
+        self.entropy = EntropyControl(
+            config.entropy, num_steps=config.train.num_steps, seed=config.train.seed
+        )
+        self.policy_options = _policy_loss_options(config)
+        # Before a checkpoint of the run is loaded: the reference is the policy that --hf-checkpoint holds.
+        self.reference = ReferenceWeights(self.model.parameters()) if config.grpo.grpo_kl_coeff else None
         model_config.finalize_model_grads_func = finalize_model_grads
         model_config.grad_scale_func = self.optimizer.scale_loss
         model_config.no_sync_func = self.model.no_sync
@@ -127,10 +137,7 @@ class Trainer:
         Returns:
             TokenStats of [B, S], 0 outside the responses.
         """
-        positions = batch.loss_mask.flatten().nonzero().squeeze(1)
-        selected = logits.flatten(0, 1)[positions]
-        if self.config.rollout.rollout_temperature != 1.0:
-            selected = selected / self.config.rollout.rollout_temperature
+        positions, selected = self._response_logits(batch, logits)
         stats = vocab_parallel_token_stats(
             selected,
             batch.labels.flatten()[positions],
@@ -139,28 +146,58 @@ class Trainer:
             vocab_size=self.vocab_size,
             tp_group=self.tp_group if self.tp_group.size() > 1 else None,
         )
-        empty = torch.zeros(batch.tokens.numel(), device=logits.device)
-        return TokenStats(*(empty.index_copy(0, positions, s).view_as(batch.tokens) for s in stats))
+        return TokenStats(*(_scatter(s, positions, batch) for s in stats))
+
+    def top_two_gap(self, batch: TrainBatch, logits: Tensor) -> Tensor:
+        """Log-prob gap [B, S] of the two likeliest tokens, in nats, 0 outside the responses."""
+        positions, selected = self._response_logits(batch, logits)
+        group = self.tp_group if self.tp_group.size() > 1 else None
+        gap = vocab_parallel_top_two_gap(selected, vocab_size=self.vocab_size, tp_group=group)
+        return _scatter(gap, positions, batch)
+
+    def _response_logits(self, batch: TrainBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Flat positions [T] of the response tokens, and their logits [T, V/tp] over the temperature."""
+        positions = batch.loss_mask.flatten().nonzero().squeeze(1)
+        selected = logits.flatten(0, 1)[positions]
+        if self.config.rollout.rollout_temperature != 1.0:
+            selected = selected / self.config.rollout.rollout_temperature
+        return positions, selected
 
     @torch.no_grad()
     def compute_logprobs(self, batch: TrainBatch) -> TrainBatch:
-        """The log-prob pass: fill in old_logprobs, entropy and top_p_entropy with the current policy's.
+        """The log-prob pass: fill in old_logprobs, entropies and what else the entropy method wants.
 
         Args:
             batch: all responses of the rollout, the same on every rank.
         """
 
-        def collect(micro_batch: TrainBatch, logits: Tensor, non_loss_data: bool = True) -> TokenStats:
-            return self.token_stats(micro_batch, logits, top_p=self.config.entropy.entropy_top_p)
+        def collect(micro_batch: TrainBatch, logits: Tensor, non_loss_data: bool = True) -> list[Tensor]:
+            stats = [*self.token_stats(micro_batch, logits, top_p=self.config.entropy.entropy_top_p)]
+            return [*stats, self.top_two_gap(micro_batch, logits)] if self.entropy.method.uses_gap else stats
 
+        names = ["old_logprobs", "entropy", "top_p_entropy"] + ["top_two_gap"] * self.entropy.method.uses_gap
+        return batch.replace(**dict(zip(names, self._collect(batch, collect, len(names)), strict=True)))
+
+    @torch.no_grad()
+    def compute_ref_logprobs(self, batch: TrainBatch) -> TrainBatch:
+        """Fill in ref_logprobs, by the same pass with the reference's weights in the policy's place."""
+
+        def collect(micro_batch: TrainBatch, logits: Tensor, non_loss_data: bool = True) -> list[Tensor]:
+            return [self.token_stats(micro_batch, logits, top_p=1.0).logprobs]
+
+        with self.reference.swapped_in():
+            return batch.replace(ref_logprobs=self._collect(batch, collect, 1)[0])
+
+    def _collect(self, batch: TrainBatch, collect: Any, count: int) -> Tensor:
+        """A forward pass over all rows: what `collect` returns, [count, N, S] on every rank."""
         rows = self._rows_of_this_rank(batch.num_responses)
         outputs = self._run_schedule(batch, rows, collect, forward_only=True, collect_non_loss_data=True)
-        stats = torch.zeros(3, *batch.tokens.shape, device=self.device)
+        values = torch.zeros(count, *batch.tokens.shape, device=self.device)
         if self.is_last_stage:
-            stats[:, rows] = torch.stack([torch.cat(tensors) for tensors in zip(*outputs, strict=True)])
-            dist.all_reduce(stats, group=self.dp_group)
-        self._broadcast_from_last_stage(stats)
-        return batch.replace(old_logprobs=stats[0], entropy=stats[1], top_p_entropy=stats[2])
+            values[:, rows] = torch.stack([torch.cat(tensors) for tensors in zip(*outputs, strict=True)])
+            dist.all_reduce(values, group=self.dp_group)
+        self._broadcast_from_last_stage(values)
+        return values
 
     # ---------------------------------------------------------------- update
 
@@ -171,39 +208,62 @@ class Trainer:
         )
         return float(siren.masked_entropy(batch.top_p_entropy, mask).double().mean())
 
-    def update(self, batch: TrainBatch, entropy_anchor: float) -> dict[str, float]:
+    def update(self, batch: TrainBatch, entropy_anchor: float, *, step: int = 0) -> dict[str, float]:
         """All optimizer steps on one rollout.
 
         Args:
             batch: from `compute_logprobs`, the same on every rank.
-            entropy_anchor: masked entropy of the initial policy, in nats.
+            entropy_anchor: what `EntropyControl.measure` gave for the initial policy, in nats.
+            step: rollout steps done before this one.
 
         Returns:
             Metrics, each the mean over the optimizer steps ("lr": the last one's).
         """
+        batch, correction_metrics = self._weigh_tokens(batch)
         size = self.config.train.global_batch_size
+        starts = list(range(0, batch.num_responses, size)) * self.config.grpo.grpo_epochs
         steps = [
-            self.optimizer_step(batch.rows(start, start + size), entropy_anchor)
-            for start in range(0, batch.num_responses, size)
+            self.optimizer_step(batch.rows(start, start + size), entropy_anchor, step=step, index=index)
+            for index, start in enumerate(starts)
         ]
         means = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
-        return {**means, "lr": steps[-1]["lr"]}
+        return {**means, **correction_metrics, "lr": steps[-1]["lr"]}
 
-    def optimizer_step(self, batch: TrainBatch, entropy_anchor: float) -> dict[str, float]:
+    def _weigh_tokens(self, batch: TrainBatch) -> tuple[TrainBatch, dict[str, float]]:
+        """Constant weights of the tokens' policy loss: rollout correction, and 0 for truncated responses."""
+        options = self.config.correction
+        weights, metrics = rollout_correction(
+            batch.old_logprobs,
+            batch.rollout_logprobs,
+            batch.loss_mask,
+            mode=options.rollout_correction,
+            maximum=options.rollout_correction_max,
+            minimum=options.rollout_correction_min,
+        )
+        if self.config.grpo.grpo_mask_truncated:
+            weights = weights * ~batch.truncated.unsqueeze(1)
+        return batch.replace(token_weights=weights), metrics
+
+    def optimizer_step(
+        self, batch: TrainBatch, entropy_anchor: float, *, step: int = 0, index: int = 0
+    ) -> dict[str, float]:
         """Forward, backward and one optimizer step on the N responses of `batch`.
 
         Args:
             batch: [N, S], the same on every rank; each data-parallel rank takes its own rows.
             entropy_anchor: in nats.
+            step: rollout steps done before this one.
+            index: optimizer steps taken on this rollout before this one.
         """
         batch = batch.trimmed(self.length_multiple)
         scale = LossScale(
             batch.num_responses, batch.num_tokens, self.config.rollout.rollout_max_response_length
         )
-        step_entropy = None
-        if self.config.entropy.siren_anchor_estimate == "step":
-            step_entropy = self.masked_entropy(batch)
-        loss_func = partial(self.loss_func, scale, entropy_anchor, step_entropy)
+        now = self.compute_logprobs(batch) if self.entropy.needs_refresh(index) else batch
+        batch, entropy_step, step_metrics = self.entropy.begin(
+            batch, now, anchor=entropy_anchor, step=step, index=index, policy_options=self.policy_options
+        )
+        loss_func = partial(self.loss_func, scale, entropy_step)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         rows = self._rows_of_this_rank(batch.num_responses)
@@ -211,51 +271,33 @@ class Trainer:
         # Step k of the warm-up uses lr·k/warm-up: the first update is not thrown away.
         self.scheduler.step(1)
         _, grad_norm, _ = self.optimizer.step()
-        metrics = self._sum_metrics(outputs)
+        metrics = {**self._sum_metrics(outputs), **step_metrics}
         metrics["grad_norm"] = float(grad_norm)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
-        if self.config.entropy.entropy_method == "siren":
-            error = metrics["siren/entropy_masked"] - entropy_anchor
-            metrics["siren/loss"] = self.config.entropy.entropy_coeff * error**2
-        return metrics
+        return {**metrics, **self.entropy.end(entropy_step, metrics)}
 
     def loss_func(
-        self,
-        scale: LossScale,
-        entropy_anchor: float,
-        step_entropy: float | None,
-        batch: TrainBatch,
-        logits: Tensor,
+        self, scale: LossScale, entropy_step: EntropyStep, batch: TrainBatch, logits: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Megatron's contract on the last stage: logits [B, S, V/tp] -> (loss, 0, metrics)."""
-        config = self.config
-        top_p = config.entropy.entropy_top_p if config.entropy.entropy_method == "siren" else 1.0
+        config, control = self.config, self.entropy
+        top_p = config.entropy.entropy_top_p if control.method.uses_top_p else 1.0
         stats = self.token_stats(batch, logits, top_p=top_p)
         loss, metrics = grpo.policy_loss(
             stats.logprobs,
             batch.old_logprobs,
-            batch.advantages,
+            batch.token_advantages,
             batch.loss_mask,
             scale=scale,
-            loss_agg=config.grpo.loss_agg,
-            clip_ratio_low=config.grpo.grpo_clip_ratio_low,
-            clip_ratio_high=config.grpo.grpo_clip_ratio_high,
-            dual_clip=config.grpo.grpo_dual_clip,
+            options=self.policy_options,
+            weights=batch.token_weights,
+            ref_logprobs=batch.ref_logprobs,
         )
-        entropy_loss, entropy_metrics = ENTROPY_METHODS[config.entropy.entropy_method](
-            EntropyInputs(
-                entropy=stats.entropy,
-                top_p_entropy=stats.top_p_entropy,
-                loss_mask=batch.loss_mask,
-                coeff=config.entropy.entropy_coeff,
-                peak_quantile=config.entropy.siren_peak_quantile,
-                anchor=entropy_anchor,
-                step_entropy=step_entropy,
-                num_responses=scale.num_responses,
-            )
+        entropy_term, entropy_metrics = entropy_loss(
+            control.name, control.loss_inputs(entropy_step, batch, stats, scale, config.grpo.loss_agg)
         )
-        if entropy_loss is not None:
-            loss = loss + entropy_loss
+        if entropy_term is not None:
+            loss = loss + entropy_term
         # ALL LOSS SCALING. `loss` is this micro-batch's share of a sum over the whole optimizer step: its
         # denominators are the global counts in `scale`. So Megatron must add and never average:
         # - micro-batches: with calculate_per_token_loss the schedule does not divide by their number;
@@ -312,3 +354,22 @@ class Trainer:
     def _broadcast_from_last_stage(self, tensor: Tensor) -> None:
         if self.pp_group.size() > 1:
             dist.broadcast(tensor, src=dist.get_process_group_ranks(self.pp_group)[-1], group=self.pp_group)
+
+
+def _policy_loss_options(config: Config) -> PolicyLossOptions:
+    options = config.grpo
+    return PolicyLossOptions(
+        policy_loss=options.grpo_policy_loss,
+        loss_agg=options.loss_agg,
+        clip_ratio_low=options.grpo_clip_ratio_low,
+        clip_ratio_high=options.grpo_clip_ratio_high,
+        dual_clip=options.grpo_dual_clip,
+        kl_coeff=options.grpo_kl_coeff if options.grpo_kl_in == "loss" else 0.0,
+        kl_estimator=options.grpo_kl_estimator,
+    )
+
+
+def _scatter(values: Tensor, positions: Tensor, batch: TrainBatch) -> Tensor:
+    """[T] at flat positions [T] -> [B, S], 0 elsewhere."""
+    empty = torch.zeros(batch.tokens.numel(), device=values.device)
+    return empty.index_copy(0, positions, values).view_as(batch.tokens)

@@ -68,7 +68,7 @@ def train(
     from megatron.core import parallel_state
 
     from siren_megatron import platform
-    from siren_megatron.grpo import group_advantages
+    from siren_megatron.advantages import group_advantages
     from siren_megatron.trainer import Trainer, initialize_model_parallel
 
     device = platform.install()

@@ -1,11 +1,11 @@
 """Peak mask against torch.quantile, aggregation and the penalty's gradient in closed form."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siren_megatron.entropy_methods import ENTROPY_METHODS, EntropyInputs
+from siren_megatron.entropy_methods import both_masks, penalty_share
+from siren_megatron.method_options import EntropyOptions
 from siren_megatron.siren import anchored_penalty, masked_entropy, peak_entropy_mask
 
 
@@ -65,11 +65,15 @@ def test_step_penalty_has_the_gradient_of_the_squared_distance_for_any_split():
     torch.manual_seed(1)
     h = torch.rand(6, dtype=torch.float64, requires_grad=True)
     beta, anchor = 0.3, 0.9
-    (expected,) = torch.autograd.grad(beta * (h.mean() - anchor) ** 2, h)
+    (expected,) = torch.autograd.grad(anchored_penalty(h.mean(), coeff=beta, anchor=anchor), h)
+    torch.testing.assert_close(expected, (2 * beta * (h.mean() - anchor) / 6).detach().expand(6))
     for sizes in ([6], [2, 4], [1] * 6):
         shares = [
-            anchored_penalty(
-                part, coeff=beta, anchor=anchor, num_responses=6, step_entropy=float(h.detach().mean())
+            penalty_share(
+                part,
+                lambda x: anchored_penalty(x, coeff=beta, anchor=anchor),
+                num_responses=6,
+                step_entropy=float(h.detach().mean()),
             )
             for part in h.split(sizes)
         ]
@@ -77,41 +81,11 @@ def test_step_penalty_has_the_gradient_of_the_squared_distance_for_any_split():
         torch.testing.assert_close(gradient, expected)
 
 
-def test_microbatch_penalty_squares_each_micro_batch_as_the_released_code_does():
-    h = torch.tensor([1.0, 2.0, 4.0, 5.0])
-    options = {"coeff": 0.5, "anchor": 2.5, "num_responses": 4, "step_entropy": None}
-    whole = anchored_penalty(h, **options)
-    halves = sum(anchored_penalty(part, **options) for part in h.split(2))
-    assert whole.item() == pytest.approx(0.5 * 0.5**2)
-    assert halves.item() == pytest.approx(0.5 * (0.5 * 1.0**2 + 0.5 * 2.0**2))
-
-
-def test_siren_method_combines_mask_and_penalty():
+def test_both_masks_select_the_peaks_of_the_top_p_entropy():
     entropy = torch.tensor([[0.0, 1.0, 2.0, 5.0], [9.0, 3.0, 3.0, 3.0]], requires_grad=True)
     loss_mask = torch.tensor([[True] * 4, [False, True, True, True]])
-    loss, metrics = ENTROPY_METHODS["siren"](
-        EntropyInputs(
-            entropy=torch.zeros(2, 4),
-            top_p_entropy=entropy,
-            loss_mask=loss_mask,
-            coeff=0.1,
-            peak_quantile=0.8,
-            anchor=1.0,
-            step_entropy=2.5,
-            num_responses=2,
-        )
-    )
-    (gradient,) = torch.autograd.grad(loss, entropy)
+    h = both_masks(torch.zeros(2, 4), entropy, loss_mask, torch.zeros(2, 4), EntropyOptions())
+    (gradient,) = torch.autograd.grad(h.sum(), entropy)
     # Only the 5.0 is above its response's quantile; the second response is flat and selects nothing.
-    expected = torch.zeros(2, 4)
-    expected[0, 3] = 2 * 0.1 * (2.5 - 1.0) / 2
-    torch.testing.assert_close(gradient, expected)
-    assert metrics["siren/entropy_masked"].item() == 2.5
-    assert metrics["siren/positions_per_response"].item() == 0.5
-
-
-def test_none_has_no_term():
-    inputs = EntropyInputs(
-        torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1).bool(), 1.0, 0.8, 0.0, 0.0, 1
-    )
-    assert ENTROPY_METHODS["none"](inputs) == (None, {})
+    assert h.tolist() == [5.0, 0.0]
+    assert gradient.tolist() == [[0.0, 0.0, 0.0, 1.0], [0.0] * 4]
