@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.checkpoints import write_prompts
 
 from siren_megatron.config import Config, build_parser
 from siren_megatron.data_options import DataOptions, check_data, check_reward_function
+from tests.checkpoints import write_prompts
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_line_breaks_of_a_template(text, expected):
 WRONG = [
     ({"prompt_template": "Q: {problem}"}, "--prompt-template 'Q: {problem}'", "{prompt}"),
     ({"prompt_template": "{prompt}", "prompt_system": "s"}, "--prompt-template", "--prompt-system"),
-    ({"prompt_template": "{prompt}", "prompt_chat_template": True}, "--prompt-template", "prompt-chat-template"),
+    ({"prompt_template": "{prompt}", "prompt_chat_template": True}, "--prompt-template", "chat-template"),
     ({"prompt_system": "s", "prompt_chat_template": False}, "--prompt-system", "--no-prompt-chat-template"),
     ({"tokenizer": "t.model", "prompt_system": "s"}, "--tokenizer", "--prompt-system"),
     ({"tokenizer": "t.model", "prompt_chat_template": True}, "--tokenizer", "--prompt-chat-template"),
