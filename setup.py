@@ -23,6 +23,7 @@ REQUIRES = [
     "megatron-core>=0.16.1",
     "numpy>=1.26",
     "psutil>=5.9",  # megatron-core's checkpoint writer imports it without declaring it
+    "pyarrow>=17",  # prompts in Parquet files
     "rich>=13.7",
     "safetensors>=0.4.3",
     "sentencepiece>=0.2",

@@ -13,12 +13,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from siren_megatron.architecture import Architecture, Layout
+from siren_megatron.data_options import DataOptions, check_data
 from siren_megatron.method_options import CorrectionOptions, EntropyOptions, GrpoOptions, check_methods
 from siren_megatron.options import REQUIRED, flag, option
 
@@ -113,18 +114,6 @@ class RolloutOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    prompt_data: Path = option(REQUIRED, "JSONL file of prompts and answers", type=Path)
-    prompt_key: str | None = option(None, "field of the prompt; default: problem, question or prompt")
-    prompt_answer_key: str | None = option(None, "field of the answer; default: answer or solution")
-    prompt_system: str | None = option(None, "system message of the chat template")
-    prompt_chat_template: bool = option(True, "apply the tokenizer's chat template where it has one")
-    reward: str = option("math", "reward function", choices=("countdown", "exact", "math"))
-    reward_num_workers: int = option(1, "processes that compute rewards", minimum=1)
-    reward_time_limit: float = option(5.0, "seconds for one response's reward", above=0)
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     save: Path = option(REQUIRED, "directory of the run: metrics, checkpoints, report, export", type=Path)
     load: Path | None = option(None, "directory of a run to resume from its newest checkpoint", type=Path)
@@ -186,7 +175,7 @@ class Config:
         values = {}
         for group in GROUPS:
             values.update(dataclasses.asdict(getattr(self, group)))
-        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+        return {k: _as_plain(v) for k, v in values.items()}
 
     @property
     def model_parallel_size(self) -> int:
@@ -199,6 +188,13 @@ class Config:
     def logprob_tolerance(self) -> float:
         """Largest mean |log-prob difference| of rollout engine and trainer, in nats."""
         return self.rollout.rollout_logprob_tolerance or (0.5 if self.model.bf16 else 0.01)
+
+
+def _as_plain(value: Any) -> Any:
+    """Paths as text; a tuple of one as that one, else as a list."""
+    if isinstance(value, tuple):
+        return _as_plain(value[0]) if len(value) == 1 else [_as_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -222,6 +218,7 @@ def build_parser() -> argparse.ArgumentParser:
                     flag(field.name), action=argparse.BooleanOptionalAction, default=field.default, help=text
                 )
             else:
+                several = {"nargs": "+", "action": "extend"} if field.metadata["several"] else {}
                 required = field.default is REQUIRED
                 group.add_argument(
                     flag(field.name),
@@ -231,6 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
                     default=None if required else field.default,
                     metavar=None if field.metadata["choices"] else kind.__name__.upper(),
                     help=text + (" (required)" if required else ""),
+                    **several,
                 )
     return parser
 
@@ -274,16 +272,21 @@ def _check_bounds(config: Config) -> None:
     for name, cls in GROUPS.items():
         for field in dataclasses.fields(cls):
             value, m = getattr(getattr(config, name), field.name), field.metadata
-            if value is None or not isinstance(value, int | float):
-                continue
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{flag(field.name)} must be finite, got {value}")
-            if m["minimum"] is not None and value < m["minimum"]:
-                raise ValueError(f"{flag(field.name)} must be at least {m['minimum']}, got {value}")
-            if m["above"] is not None and value <= m["above"]:
-                raise ValueError(f"{flag(field.name)} must be greater than {m['above']}, got {value}")
-            if m["maximum"] is not None and value > m["maximum"]:
-                raise ValueError(f"{flag(field.name)} must be at most {m['maximum']}, got {value}")
+            for number in value if m["several"] and value is not None else (value,):
+                _check_bound(flag(field.name), number, m)
+
+
+def _check_bound(name: str, value: Any, m: Mapping[str, Any]) -> None:
+    if not isinstance(value, int | float):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if m["minimum"] is not None and value < m["minimum"]:
+        raise ValueError(f"{name} must be at least {m['minimum']}, got {value}")
+    if m["above"] is not None and value <= m["above"]:
+        raise ValueError(f"{name} must be greater than {m['above']}, got {value}")
+    if m["maximum"] is not None and value > m["maximum"]:
+        raise ValueError(f"{name} must be at most {m['maximum']}, got {value}")
 
 
 def _check_batches(config: Config, world_size: int | None) -> None:
@@ -409,14 +412,10 @@ def _check_architecture(config: Config, hf_config: dict[str, Any]) -> None:
 
 
 def _check_files(config: Config) -> None:
-    from siren_megatron.prompts import validate_prompt_file
-
     run, pretrained = config.run, config.model.pretrained_checkpoint
     if pretrained is not None and not (pretrained / "metadata.json").is_file():
         raise ValueError(f"--pretrained-checkpoint {pretrained} is no Megatron distributed checkpoint")
-    validate_prompt_file(
-        config.data.prompt_data, prompt_key=config.data.prompt_key, answer_key=config.data.prompt_answer_key
-    )
+    check_data(config.data)
     if run.load is not None and run.overwrite:
         raise ValueError("--load and --overwrite contradict each other")
     if run.load is not None and not (run.load / "checkpoints").is_dir():

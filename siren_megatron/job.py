@@ -20,9 +20,10 @@ from siren_megatron.config import Config, read_hf_config
 from siren_megatron.dynamic_sampling import refill
 from siren_megatron.metrics import MetricsLogger, StageTimer
 from siren_megatron.platform import Platform, init_process_group
-from siren_megatron.prompts import Prompt, PromptCursor, load_prompts, load_tokenizer
+from siren_megatron.prompts import Prompt, load_data_tokenizer, load_dataset, make_cursor
 from siren_megatron.rewards import RewardPool
 from siren_megatron.rollout import RolloutClient, RolloutError, RolloutServer, ServerOptions
+from siren_megatron.tokenizer import replace_tokenizer_files
 from siren_megatron.trainer import Trainer, initialize_model_parallel
 from siren_megatron.weight_sync import WeightPublisher, WeightSyncError
 
@@ -130,23 +131,17 @@ class Job:
 
     def _load_data(self) -> None:
         config = self.config
-        self.tokenizer = load_tokenizer(config.model.hf_checkpoint)
-        self.dataset = load_prompts(
-            config.data.prompt_data,
-            self.tokenizer,
-            prompt_key=config.data.prompt_key,
-            answer_key=config.data.prompt_answer_key,
-            system_prompt=config.data.prompt_system,
-            apply_chat_template=None if config.data.prompt_chat_template else False,
-            max_prompt_length=config.train.seq_length - config.rollout.rollout_max_response_length,
+        data = config.data
+        self.tokenizer = load_data_tokenizer(data, config.model.hf_checkpoint)
+        max_prompt_length = config.train.seq_length - config.rollout.rollout_max_response_length
+        self.dataset = load_dataset(
+            data, self.tokenizer, max_prompt_length=max_prompt_length, vocab_size=self.hf_config["vocab_size"]
         )
         if self.dataset.num_skipped_too_long:
             print(f"{self.dataset.num_skipped_too_long} prompts are too long and left out", flush=True)
-        self.cursor = PromptCursor(len(self.dataset), seed=config.train.seed)
+        self.cursor = make_cursor(self.dataset.sizes, seed=config.train.seed, weights=data.prompt_weights)
         self.rewards = RewardPool(
-            config.data.reward,
-            num_workers=config.data.reward_num_workers,
-            time_limit_s=config.data.reward_time_limit,
+            data.reward_name, num_workers=data.reward_num_workers, time_limit_s=data.reward_time_limit
         )
         self._stack.callback(self.rewards.close)
 
@@ -376,6 +371,8 @@ class Job:
         """Write the policy as a Hugging Face checkpoint to `<save>/hf`."""
         self.trainer.export(self.config.run.save / "hf")
         if self.is_main:
+            if self.config.data.tokenizer is not None:
+                replace_tokenizer_files(self.config.data.tokenizer, self.config.run.save / "hf")
             self.logger.print(f"policy as a Hugging Face checkpoint: {self.config.run.save / 'hf'}")
 
 

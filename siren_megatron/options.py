@@ -18,6 +18,7 @@ def option(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
+    several: bool = False,
 ):
     """A dataclass field that is also a command-line option.
 
@@ -26,6 +27,7 @@ def option(
         help: meaning, unit and sentinel values.
         type: the option's type where the default does not tell it (a default of None).
         choices: allowed values.
+        several: one or more values: `--flag A B`; the field is a tuple (or None). The bounds hold for each.
         minimum, above, maximum: bounds; `minimum` and `maximum` are allowed values, `above` is not.
     """
     metadata = {
@@ -35,6 +37,7 @@ def option(
         "minimum": minimum,
         "above": above,
         "maximum": maximum,
+        "several": several,
     }
     return dataclasses.field(default=default, metadata=metadata)
 

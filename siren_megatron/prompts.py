@@ -1,27 +1,57 @@
-"""Data sets of prompts: JSONL files read, checked, rendered and tokenised; a cursor that resumes exactly.
+"""Data sets of prompts: files read, checked, rendered and tokenised.
 
-Only :func:`load_tokenizer` imports more than the standard library, so that a wrong file is refused before
-anything heavy starts.
+Importing this module needs the standard library only, so that a wrong file is refused before anything heavy
+starts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
 import os
-import random
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-PROMPT_KEYS = ("problem", "question", "prompt")
-ANSWER_KEYS = ("answer", "solution", "ground_truth", "label")
-PROMPT_DATA_FLAG = "--prompt-data"
+from siren_megatron.prompt_cursor import MixtureCursor, PromptCursor, make_cursor
+from siren_megatron.prompt_files import (
+    ANSWER_KEYS,
+    PROMPT_DATA_FLAG,
+    PROMPT_KEYS,
+    final_answer,
+    read_jsonl_field,
+    read_records,
+    validate_prompt_file,
+)
+from siren_megatron.tokenizer import load_tokenizer
 
-_GSM8K_MARK = "####"
-_THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+if TYPE_CHECKING:
+    from siren_megatron.data_options import DataOptions
+
+__all__ = [
+    "ANSWER_KEYS",
+    "PROMPT_DATA_FLAG",
+    "PROMPT_KEYS",
+    "PROMPT_FIELD",
+    "MixtureCursor",
+    "Prompt",
+    "PromptCursor",
+    "PromptDataset",
+    "data_fingerprint",
+    "final_answer",
+    "join_datasets",
+    "load_data_tokenizer",
+    "load_dataset",
+    "load_prompts",
+    "load_tokenizer",
+    "make_cursor",
+    "read_jsonl_field",
+    "validate_prompt_file",
+]
+
+PROMPT_FIELD = "{prompt}"
+"""What a plain template holds in the problem's place; other braces are text."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +73,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptDataset:
-    """The prompts of a file in its order, and how many of it were left out for their length."""
+    """The prompts of a file in its order, or of several files end to end.
+
+    Args:
+        prompts: those that are short enough.
+        num_skipped_too_long: how many were left out for their length.
+        sizes: prompts of each file, where they are several.
+    """
 
     prompts: tuple[Prompt, ...]
     num_skipped_too_long: int
+    sizes: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -54,29 +91,6 @@ class PromptDataset:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with any prompt or answer: keep it to check a resume."""
         return data_fingerprint(part for prompt in self.prompts for part in (prompt.text, prompt.answer))
-
-
-def load_tokenizer(path: str | os.PathLike[str]):
-    """The tokenizer of a Hugging Face checkpoint directory (never downloaded).
-
-    Raises:
-        ValueError: the directory has no tokenizer that transformers can load, or it has no end of sequence.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"--hf-checkpoint {path}: no such directory")
-    # transformers 5 rebuilds some tokenizers from the class of the model's type and drops the splitting
-    # rules of tokenizer.json: other token ids, silently. The plain class takes the file as it is.
-    loader = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
-    try:
-        tokenizer = loader.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"--hf-checkpoint {path}: no tokenizer loads from it: {_one_line(error)}") from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"--hf-checkpoint {path}: its tokenizer has no end-of-sequence token")
-    return tokenizer
 
 
 def load_prompts(
@@ -87,38 +101,49 @@ def load_prompts(
     answer_key: str | None = None,
     system_prompt: str | None = None,
     apply_chat_template: bool | None = None,
+    template: str | None = None,
     max_prompt_length: int,
     flag: str = PROMPT_DATA_FLAG,
 ) -> PromptDataset:
-    """Read a JSONL file and tokenise its prompts.
+    """Read a JSONL or Parquet file and tokenise its prompts.
 
     Args:
-        path: one JSON object a line; blank lines are passed over.
+        path: JSONL, one object a line with blank lines passed over, or a file that ends with ``.parquet``.
         tokenizer: as from :func:`load_tokenizer`.
         prompt_key: field of the problem; None takes the first of PROMPT_KEYS that the first record has.
         answer_key: field of the answer; None takes the first of ANSWER_KEYS. Where the answer has ``####``
             (GSM8K), what follows the last one counts, without thousands' commas.
         system_prompt: the chat's system message; None leaves it to the template.
         apply_chat_template: True, False, or None for "when the tokenizer has a template".
+        template: plain text in which the problem takes the place of each ``{prompt}``; no chat template is
+            applied then.
         max_prompt_length: tokens; longer prompts are left out and counted.
         flag: the option that named the file, for the messages.
 
     Raises:
-        ValueError: the file or one of its lines is wrong (naming both), the template is missing, or every
-            prompt is too long.
+        ValueError: the file or one of its lines is wrong (naming both), the template is missing or
+            contradicts another argument, or every prompt is too long.
     """
+    if template is not None:
+        if PROMPT_FIELD not in template:
+            raise ValueError(f"--prompt-template {template!r} holds no {PROMPT_FIELD}")
+        if system_prompt is not None or apply_chat_template:
+            raise ValueError("--prompt-template takes no --prompt-system and no --prompt-chat-template")
+        apply_chat_template = False
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if apply_chat_template is None:
         apply_chat_template = has_template
     if apply_chat_template and not has_template:
-        raise ValueError("the chat template was asked for, but the tokenizer has none")
+        raise ValueError(
+            "--prompt-chat-template: the chat template was asked for, but the tokenizer has none"
+        )
     if system_prompt is not None and not apply_chat_template:
-        raise ValueError("a system prompt needs a chat template, and none is applied")
+        raise ValueError("--prompt-system: a system prompt needs a chat template, and none is applied")
 
     prompts: list[Prompt] = []
     num_skipped = 0
-    for number, problem, answer in _read_records(path, prompt_key, answer_key, flag):
-        text = problem
+    for where, problem, answer in read_records(path, prompt_key, answer_key, flag):
+        text = problem if template is None else template.replace(PROMPT_FIELD, problem)
         if apply_chat_template:
             messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
             messages.append({"role": "user", "content": problem})
@@ -126,7 +151,7 @@ def load_prompts(
         # A template writes its own special tokens: adding the tokenizer's would double them.
         token_ids = tuple(tokenizer(text, add_special_tokens=not apply_chat_template)["input_ids"])
         if not token_ids:
-            raise ValueError(f"{flag} {path}, line {number}: the prompt has no tokens")
+            raise ValueError(f"{where}: the prompt has no tokens")
         if len(token_ids) > max_prompt_length:
             num_skipped += 1
             continue
@@ -135,40 +160,62 @@ def load_prompts(
         raise ValueError(
             f"{flag} {path}: all {num_skipped} prompts are longer than {max_prompt_length} tokens"
         )
-    return PromptDataset(tuple(prompts), num_skipped)
+    return PromptDataset(tuple(prompts), num_skipped, (len(prompts),))
 
 
-def validate_prompt_file(
-    path: str | os.PathLike[str],
-    *,
-    prompt_key: str | None = None,
-    answer_key: str | None = None,
-    flag: str = PROMPT_DATA_FLAG,
-) -> int:
-    """Check a prompt file without a tokenizer, in a second or so per 100,000 lines.
+def load_data_tokenizer(data: DataOptions, hf_checkpoint: Path) -> Any:
+    """The tokenizer of `--tokenizer`, else of the checkpoint; raises ValueError as :func:`load_tokenizer`."""
+    if data.tokenizer is not None:
+        return load_tokenizer(data.tokenizer, flag="--tokenizer")
+    return load_tokenizer(hf_checkpoint)
 
-    Returns:
-        The number of records.
+
+def load_dataset(
+    data: DataOptions, tokenizer: Any, *, max_prompt_length: int, vocab_size: int
+) -> PromptDataset:
+    """Every file of `--prompt-data`, tokenised and end to end.
+
+    Args:
+        data: the run's options.
+        tokenizer: as from :func:`load_tokenizer`.
+        max_prompt_length: tokens; longer prompts are left out and counted.
+        vocab_size: rows of the model's embedding.
 
     Raises:
-        ValueError: as :func:`load_prompts`, for the file and its lines.
+        ValueError: as :func:`load_prompts`, or the tokenizer is of a larger vocabulary than the model.
     """
-    return sum(1 for _ in _read_records(path, prompt_key, answer_key, flag))
+    dataset = join_datasets(
+        [
+            load_prompts(
+                path,
+                tokenizer,
+                prompt_key=data.prompt_key,
+                answer_key=data.prompt_answer_key,
+                system_prompt=data.prompt_system,
+                apply_chat_template=data.prompt_chat_template,
+                template=data.template_text,
+                max_prompt_length=max_prompt_length,
+            )
+            for path in data.prompt_data
+        ]
+    )
+    largest = max(tokenizer.eos_token_id, *(max(prompt.token_ids) for prompt in dataset.prompts))
+    if largest >= vocab_size:
+        flag = "--hf-checkpoint" if data.tokenizer is None else f"--tokenizer {data.tokenizer}"
+        raise ValueError(
+            f"{flag}: the tokenizer gives token {largest}, but the model's vocab_size is {vocab_size}"
+        )
+    return dataset
 
 
-def read_jsonl_field(path: str | os.PathLike[str], key: str, *, flag: str) -> list[str]:
-    """One text field of every record of a JSONL file; raises ValueError as :func:`load_prompts` does."""
-    texts = [_text_field(record, key, where) for record, where, _ in _read_jsonl(path, flag)]
-    if not texts:
-        raise ValueError(f"{flag} {path}: no records in it")
-    return texts
-
-
-def final_answer(answer: str) -> str:
-    """What follows the last ``####`` of a GSM8K answer, without thousands' commas; else the text itself."""
-    if _GSM8K_MARK in answer:
-        answer = _THOUSANDS_COMMA.sub("", answer.rpartition(_GSM8K_MARK)[2])
-    return answer.strip()
+def join_datasets(datasets: Sequence[PromptDataset]) -> PromptDataset:
+    """Data sets end to end: the prompts get the positions that :func:`make_cursor` of ``sizes`` gives."""
+    prompts = (prompt for dataset in datasets for prompt in dataset.prompts)
+    return PromptDataset(
+        tuple(dataclasses.replace(prompt, index=n) for n, prompt in enumerate(prompts)),
+        sum(dataset.num_skipped_too_long for dataset in datasets),
+        tuple(len(dataset) for dataset in datasets),
+    )
 
 
 def data_fingerprint(texts: Iterable[str]) -> str:
@@ -178,137 +225,3 @@ def data_fingerprint(texts: Iterable[str]) -> str:
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.hexdigest()[:16]
-
-
-class PromptCursor:
-    """Endless epochs over ``num_prompts`` prompts; each epoch is a permutation of its own.
-
-    The order depends on the seed and the epoch alone: not on how many prompts are taken at a time.
-
-    Args:
-        num_prompts: size of the data set.
-        seed: of the permutations.
-        shuffle: False takes every epoch in the file's order.
-    """
-
-    def __init__(self, num_prompts: int, *, seed: int, shuffle: bool = True) -> None:
-        if num_prompts < 1:
-            raise ValueError(f"a cursor needs at least one prompt, got {num_prompts}")
-        self.num_prompts = num_prompts
-        self._seed = seed
-        self._shuffle = shuffle
-        self._start_epoch(0, 0)
-
-    @property
-    def epoch(self) -> int:
-        """Epoch of the next prompt, from 0."""
-        return self._epoch + (self._position == self.num_prompts)
-
-    def next(self, n: int) -> list[int]:
-        """The next ``n`` positions in the data set, going on into the next epoch where one ends."""
-        taken: list[int] = []
-        while len(taken) < n:
-            if self._position == self.num_prompts:
-                self._start_epoch(self._epoch + 1, 0)
-            part = self._order[self._position : self._position + n - len(taken)]
-            self._position += len(part)
-            taken += part
-        return taken
-
-    def state_dict(self) -> dict[str, int | bool]:
-        """Everything needed to go on from here, as plain numbers."""
-        return {
-            "num_prompts": self.num_prompts,
-            "seed": self._seed,
-            "shuffle": self._shuffle,
-            "epoch": self._epoch,
-            "position": self._position,
-        }
-
-    def load_state_dict(self, state: dict[str, int | bool]) -> None:
-        """Go on where ``state`` was taken; its seed and shuffling replace this cursor's.
-
-        Raises:
-            ValueError: the state is of a data set of another size, or not a cursor's state.
-        """
-        if set(state) != set(self.state_dict()):
-            raise ValueError(f"not the state of a prompt cursor: its keys are {sorted(state)}")
-        if state["num_prompts"] != self.num_prompts:
-            raise ValueError(
-                f"the checkpoint's cursor goes over {state['num_prompts']} prompts, "
-                f"but the prompt data now has {self.num_prompts}"
-            )
-        if not (0 <= state["position"] <= self.num_prompts and state["epoch"] >= 0):
-            raise ValueError(f"not the state of a prompt cursor: {state}")
-        self._seed, self._shuffle = int(state["seed"]), bool(state["shuffle"])
-        self._start_epoch(int(state["epoch"]), int(state["position"]))
-
-    def _start_epoch(self, epoch: int, position: int) -> None:
-        self._epoch, self._position = epoch, position
-        self._order = list(range(self.num_prompts))
-        if self._shuffle:
-            # A text seed goes through SHA-512: neighbouring seeds and epochs share nothing.
-            random.Random(f"{self._seed}:{epoch}").shuffle(self._order)
-
-
-def _read_records(
-    path: str | os.PathLike[str], prompt_key: str | None, answer_key: str | None, flag: str
-) -> Iterator[tuple[int, str, str]]:
-    """(line number, problem, final answer) of every record; raises ValueError, also for an empty file."""
-    empty = True
-    for record, where, number in _read_jsonl(path, flag):
-        empty = False
-        prompt_key = prompt_key or _detect_key(record, PROMPT_KEYS, where)
-        answer_key = answer_key or _detect_key(record, ANSWER_KEYS, where)
-        problem = _text_field(record, prompt_key, where)
-        answer = final_answer(_text_field(record, answer_key, where, allow_integer=True))
-        if not answer:
-            raise ValueError(f"{where}: field {answer_key!r} has no final answer")
-        yield number, problem, answer
-    if empty:
-        raise ValueError(f"{flag} {path}: no records in it")
-
-
-def _read_jsonl(path: str | os.PathLike[str], flag: str) -> Iterator[tuple[dict[str, Any], str, int]]:
-    """(record, "flag path, line n", n) of every line that is not blank."""
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise ValueError(f"{flag} {path}: {error.strerror or error}") from error
-    with file:
-        for number, line in enumerate(file, start=1):
-            where = f"{flag} {path}, line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not text.strip():
-                    continue
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: not JSON: {_one_line(error)}") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}: not a JSON object but {type(record).__name__}")
-            yield record, where, number
-
-
-def _detect_key(record: dict[str, Any], keys: Sequence[str], where: str) -> str:
-    for key in keys:
-        if key in record:
-            return key
-    raise ValueError(f"{where}: none of the fields {', '.join(keys)} is there")
-
-
-def _text_field(record: dict[str, Any], key: str, where: str, *, allow_integer: bool = False) -> str:
-    if key not in record:
-        raise ValueError(f"{where}: no field {key!r}")
-    value = record[key]
-    if allow_integer and isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: field {key!r} is not text but {type(value).__name__}")
-    if not value.strip():
-        raise ValueError(f"{where}: field {key!r} is empty")
-    return value
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

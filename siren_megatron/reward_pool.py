@@ -72,7 +72,8 @@ class RewardPool:
     it ends.
 
     Args:
-        reward_name: a key of :data:`siren_megatron.rewards.REWARDS`, or ``package.module:function``.
+        reward_name: a key of :data:`siren_megatron.rewards.REWARDS`, ``package.module:function`` or
+            ``path.py:function``.
         num_workers: processes that grade at the same time.
         time_limit_s: seconds for one pair.
         memory_limit_mb: MiB of address space that a worker may take beyond what it has when idle.

@@ -239,13 +239,20 @@ def _work(reward: Callable[[str, str], float], channel: socket.socket) -> None:
         for pair in pairs:
             value, error, retires = 0.0, None, False
             try:
-                value = float(reward(*json.loads(pair)))
+                value = _to_float(reward(*json.loads(pair)))
                 if not math.isfinite(value):
                     value, error = 0.0, f"the reward is not a finite number: {value}"
             except Exception as exception:
                 retires = isinstance(exception, MemoryError)  # what it left may be in any state
                 error = f"{type(exception).__name__}: {' '.join(str(exception).split())[:300]}"
             channel.sendall(json.dumps((value, error, retires)).encode() + b"\n")
+
+
+def _to_float(value: Any) -> float:
+    """Any number, numpy's and torch's scalars too; a text that reads like one is somebody's mistake."""
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"the reward is not a number but {type(value).__name__}")
+    return float(value)
 
 
 def _limit_memory(limit_mb: int) -> None:

@@ -8,11 +8,15 @@ A reward may still hang, crash or eat memory on hostile text, so training calls 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import re
+import sys
 from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
 
 from siren_megatron import countdown
 from siren_megatron.reward_pool import PendingReward, RewardPool, RewardResult
@@ -175,24 +179,49 @@ REWARDS: dict[str, RewardFunction] = {
 }
 
 
-def resolve_reward(name: str, *, flag: str = "--reward") -> RewardFunction:
-    """The reward of a name in REWARDS, or of ``package.module:function`` for one's own.
+def resolve_reward(name: str, *, flag: str | None = None) -> RewardFunction:
+    """The reward of a name in REWARDS, or one's own: ``package.module:function`` or ``path.py:function``.
+
+    Args:
+        name: one of the three; a module or file is imported.
+        flag: the option that named it, for the messages; None takes ``--reward-function`` for a file and
+            ``--reward`` for the others.
 
     Raises:
-        ValueError: no such name, or the module or function cannot be imported.
+        ValueError: no such name, or the module, file or function cannot be imported.
     """
     if name in REWARDS:
         return REWARDS[name]
-    module_name, colon, function_name = name.partition(":")
+    module_name, colon, function_name = name.rpartition(":")
+    is_file = module_name.endswith(".py")
+    flag = flag or ("--reward-function" if is_file else "--reward")
     if not colon:
         raise ValueError(f"{flag} {name}: neither one of {', '.join(REWARDS)} nor package.module:function")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+        module = _import_file(Path(module_name)) if is_file else importlib.import_module(module_name)
+        function = getattr(module, function_name)
+    except (ImportError, AttributeError, OSError) as error:
         raise ValueError(f"{flag} {name}: {error}") from error
+    except Exception as error:  # the user's own code runs here: whatever it raises is told in one line
+        raise ValueError(
+            f"{flag} {name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
     if not callable(function):
         raise ValueError(f"{flag} {name}: not a function")
     return function
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Import a file under a name that no package has; what lies beside it can be imported by it."""
+    path = path.resolve()
+    name = f"_siren_reward_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a module up there
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # last: a file beside it never hides a library
+    spec.loader.exec_module(module)
+    return module
 
 
 def prepare_reward(name: str) -> RewardFunction:

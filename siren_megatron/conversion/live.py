@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
@@ -115,7 +116,8 @@ def load_megatron_weights(model: Model, directory: Path) -> None:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"{directory} does not fit the model: {reason}") from None
     for i, chunk in enumerate(chunks):
-        missing, unexpected = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
+        module = chunk.module if isinstance(chunk, Float16Module) else chunk
+        missing, unexpected = module.load_state_dict(loaded[f"model{i}"], strict=False)
         missing = [name for name in missing if not name.endswith("_extra_state")]
         assert not missing and not unexpected, (missing, unexpected)
 

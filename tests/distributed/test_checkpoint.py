@@ -17,9 +17,9 @@ def build(checkpoint, options):
     from siren_megatron import platform
 
     device = platform.install()
+    from siren_megatron.advantages import group_advantages
     from siren_megatron.batch import make_batch
     from siren_megatron.config import read_hf_config
-    from siren_megatron.grpo import group_advantages
     from siren_megatron.trainer import Trainer, initialize_model_parallel
 
     config = config_of(checkpoint, **options)

@@ -53,19 +53,22 @@ LAYOUTS = {
 }
 
 EP = "expert_model_parallel_size"
+SP1 = {**SP, "expert_tensor_parallel_size": 1}
 EXPERT_LAYOUTS = {
     1: [Layout("one rank", {}), Layout("packed", {PACKED: 64})],
     2: [
         Layout("EP=2", {EP: 2}),
         Layout("EP=2 packed", {EP: 2, PACKED: 64}),
         Layout("EP=2 CP=2", {EP: 2, CP: 2}),
-        Layout("EP=2 TP=2 SP, one replica", {EP: 2, **SP}),
+        Layout("EP=2 TP=2 SP, one replica", {EP: 2, **SP1}),
+        Layout("TP=2 SP, experts cut too", SP),
         Layout("PP=2", {PP: 2}),
         Layout("DP=2", {}),
     ],
     4: [
-        Layout("EP=2 TP=2 SP", {EP: 2, **SP}),
-        Layout("EP=4 TP=2 SP", {EP: 4, **SP}),
+        Layout("EP=2 TP=2 SP", {EP: 2, **SP1}),
+        Layout("EP=2 TP=2 SP, experts cut too", {EP: 2, **SP}),
+        Layout("EP=4 TP=2 SP", {EP: 4, **SP1}),
         Layout("EP=4 packed", {EP: 4, PACKED: 64}),
         Layout("EP=2 PP=2 VPP=2", {EP: 2, PP: 2, VPP: 2, "micro_batch_size": 2}),
     ],
@@ -79,10 +82,13 @@ TIED_LAYOUTS = {
     ],
     4: [Layout("TP=2 PP=2", {TP: 2, PP: 2}), Layout("PP=2 CP=2", {PP: 2, CP: 2})],
 }
+FAMILY_LAYOUTS = {2: [Layout("TP=2 SP packed", {**SP, PACKED: 64}), Layout("PP=2", {PP: 2})]}
 MODELS = {
     "dense": ("qwen2", LAYOUTS),
     "tied embeddings": ("qwen2-tied", TIED_LAYOUTS),
     "experts": ("qwen3-moe", EXPERT_LAYOUTS),
+    "norms of heads": ("qwen3", FAMILY_LAYOUTS),
+    "scaled rotations": ("llama3", FAMILY_LAYOUTS),
 }
 
 

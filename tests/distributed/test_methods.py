@@ -16,7 +16,7 @@ FLOORS = {"loss/policy": 1e-3, "kl_old_new": 1e-4, "kl_ref": 1e-4, "loss/kl": 1e
 def results(tmp_path_factory):
     """{layout: {case: (history, weights, state)}} and every rank's view of the metrics."""
     checkpoint = make_random_checkpoint(
-        tmp_path_factory.mktemp("methods") / "model", hidden_size=32, num_hidden_layers=2
+        tmp_path_factory.mktemp("methods") / "model", hidden_size=32, num_hidden_layers=4
     )
     by_layout: dict[str, dict] = {}
     for world_size, layouts in METHOD_LAYOUTS.items():

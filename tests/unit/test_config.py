@@ -72,6 +72,14 @@ WRONG = [
     (["--load", "no-such-run"], "--load no-such-run holds no checkpoint"),
     (["--hf-checkpoint", "no-such-dir"], "--hf-checkpoint no-such-dir is not a directory"),
     (["--prompt-data", "no-such-file"], "--prompt-data no-such-file"),
+    (["--prompt-weights", "1", "2"], "--prompt-weights has 2 number(s) for the 1 file(s) of --prompt-data"),
+    (["--prompt-weights", "0"], "--prompt-weights must be greater than 0, got 0.0"),
+    (["--prompt-weights", "much"], "argument --prompt-weights: invalid float value: 'much'"),
+    (["--prompt-template", "Q: "], "--prompt-template 'Q: ' holds no {prompt}"),
+    (["--prompt-template", "{prompt}", "--prompt-system", "s"], "--prompt-template and --prompt-system"),
+    (["--reward", "math", "--reward-function", "r.py:f"], "--reward math and --reward-function r.py:f"),
+    (["--reward-function", "no-such.py:f"], "--reward-function no-such.py:f: No such file"),
+    (["--tokenizer", "no-such.model"], "--tokenizer no-such.model: no such directory or file"),
 ]  # fmt: skip
 
 
@@ -134,12 +142,15 @@ def test_every_option_has_help_and_the_parser_knows_no_abbreviations():
     assert not parser.allow_abbrev
 
 
-def test_checking_options_imports_nothing_heavy(files, repository):
+def test_checking_options_imports_nothing_heavy(files, repository, tmp_path):
+    (tmp_path / "own.py").write_text("import torch\ndef grade(response, answer): return 1.0")
+    (tmp_path / "own.model").write_bytes(b"")
+    more = ["--reward-function", f"{tmp_path / 'own.py'}:grade", "--tokenizer", str(tmp_path / "own.model")]
     code = (
         "import sys; from siren_megatron.config import parse_args; parse_args(sys.argv[1:]);"
         "print([m for m in ('torch', 'megatron', 'vllm', 'transformers') if m in sys.modules])"
     )
-    command = [sys.executable, "-c", code, *arguments(files, "--check")]
+    command = [sys.executable, "-c", code, *arguments(files, "--check", *more)]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

@@ -193,7 +193,7 @@ def test_a_hang_costs_its_own_reward_only(response):
         ("recurse", "RecursionError"),
         ("memory", "MemoryError"),
         ("nan", "not a finite number"),
-        ("text", "ValueError"),
+        ("text", "the reward is not a number but str"),
     ],
 )
 def test_an_error_costs_its_own_reward_only_and_is_told(response, message):
@@ -251,6 +251,64 @@ def test_rewards_that_are_not_there(name, message):
         with pytest.raises(ValueError) as caught:
             load(name)
         assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+OWN_REWARD = """
+import dataclasses
+import own_reward_helper
+
+@dataclasses.dataclass
+class Grade:
+    value: float
+
+VALUES = {"none": None, "text": "1", "list": [1.0], "nan": float("nan"), "complex": 1j, "yes": True, "int": 2}
+
+def grade(response, answer):
+    if response in VALUES:
+        return VALUES[response]
+    return Grade(float(response == answer) * own_reward_helper.FULL_MARKS).value
+"""
+
+
+def test_a_function_of_ones_own_file(tmp_path):
+    (tmp_path / "own:reward.py").write_text(OWN_REWARD)
+    (tmp_path / "own_reward_helper.py").write_text("FULL_MARKS = 3")
+    with RewardPool(f"{tmp_path}/own:reward.py:grade", num_workers=1, time_limit_s=30) as pool:
+        assert pool.score([("a", "a"), ("a", "b"), ("yes", ""), ("int", "")]) == RewardResult(
+            [3.0, 0.0, 1.0, 2.0], 0, 0
+        )
+        for response, message in (
+            ("none", "not a number but NoneType"),
+            ("text", "not a number but str"),
+            ("list", "not a number but list"),
+            ("complex", "not a number but complex"),
+            ("nan", "not a finite number"),
+        ):
+            result = pool.score([("a", "a"), (response, ""), ("a", "a")])
+            assert (result.rewards, result.num_errors) == ([3.0, 0.0, 3.0], 1)
+            assert message in result.first_error
+    assert not any("own" in name and "reward" in name for name in sys.modules if name.startswith("_siren"))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, "No such file"),
+        ("grade = 1", "not a function"),
+        ("def other(): pass", "has no attribute 'grade'"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("import no_such_library", "No module named 'no_such_library'"),
+        ("def grade(:", "SyntaxError"),
+    ],
+)
+def test_a_file_that_does_not_import_is_one_line(tmp_path, source, message):
+    path = tmp_path / "own.py"
+    if source is not None:
+        path.write_text(source)
+    with pytest.raises(ValueError) as caught:
+        RewardPool(f"{path}:grade")
+    assert str(caught.value).startswith(f"--reward-function {path}:grade: ")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
