@@ -191,6 +191,11 @@ class Job:
                 for sample in group
             ]
             self.reward_result = self.rewards.score(pairs)
+        if self.reward_result.first_error:
+            self.logger.print(
+                f"step {self.step + 1}: {self.reward_result.num_errors} reward(s) failed and count as 0; the "
+                f"first: {self.reward_result.first_error}"
+            )
         return self.reward_result.rewards
 
     def refill(
