@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -55,6 +57,7 @@ class Job:
         self.entropy_anchor: float | None = None
         self.sampling_metrics: dict[str, float] = {}
         self._stack = contextlib.ExitStack()
+        self._built = False
 
     # ---------------------------------------------------------------- life
 
@@ -62,22 +65,21 @@ class Job:
         try:
             self._build()
         except BaseException:
-            if not self.__exit__(*sys.exc_info()):
-                raise
+            self.__exit__(*sys.exc_info())
+            raise
         return self
 
-    def __exit__(self, kind, error, traceback) -> bool:
-        known = isinstance(error, RolloutError | WeightSyncError | JobError | ValueError)
-        if kind is not None and known and not isinstance(error, ValueError):
-            kind, error = JobError, JobError(str(error))
+    def __exit__(self, kind, error, traceback) -> None:
         self._stack.__exit__(kind, error, traceback)
         if kind is None:
             dist.destroy_process_group()
-            return False
-        if known:
-            print(f"pretrain_siren.py: error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
-        return False
+        # Options and files are judged while the run is built; a later ValueError is a bug and keeps its
+        # traceback, but for those that name an option.
+        mistake = isinstance(error, ValueError) and (not self._built or str(error).startswith("--"))
+        if mistake or isinstance(error, RolloutError | WeightSyncError | JobError):
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"pretrain_siren.py: error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2 if mistake else 1) from None
 
     def _build(self) -> None:
         config = self.config
@@ -86,7 +88,7 @@ class Job:
         self.hf_config = read_hf_config(config.model.hf_checkpoint)
         if self.is_main:
             if config.run.overwrite and config.run.save.is_dir():
-                _remove(config.run.save)
+                shutil.rmtree(config.run.save)
             config.run.save.mkdir(parents=True, exist_ok=True)
             # vLLM takes longest to start: let it load while this process builds the model.
             self.server = self._stack.enter_context(RolloutServer.start(self._server_options()))
@@ -113,6 +115,7 @@ class Job:
         if self.step or config.model.pretrained_checkpoint is not None:
             self.update_weights()
             self.timer.pop()  # the first step's times are its own
+        self._built = True
 
     def _server_options(self) -> ServerOptions:
         config = self.config
@@ -379,9 +382,3 @@ class Job:
             if self.config.data.tokenizer is not None:
                 replace_tokenizer_files(self.config.data.tokenizer, self.config.run.save / "hf")
             self.logger.print(f"policy as a Hugging Face checkpoint: {self.config.run.save / 'hf'}")
-
-
-def _remove(directory) -> None:
-    import shutil
-
-    shutil.rmtree(directory)

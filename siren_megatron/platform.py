@@ -79,8 +79,6 @@ def init_process_group(platform: Platform, timeout_s: float) -> None:
         timeout_s: seconds after which a collective that a dead rank never joins fails.
     """
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = "0"
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
         dist.init_process_group(platform.backend, store=store, rank=0, world_size=1)
         return
