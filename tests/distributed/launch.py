@@ -4,8 +4,10 @@ The function and its arguments are pickled: the function must stand at the top l
 """
 
 import datetime
+import os
 import pickle
 import queue
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -16,10 +18,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+def _leave_with(parent: int) -> None:
+    """End this process when its parent is gone (killed by a time limit, say): no rank is left spinning."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 def _rank_main(
     fn: Callable, rank: int, world_size: int, port: int, args: tuple, timeout: float, results
 ) -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     try:
         store = dist.TCPStore(
             "127.0.0.1", port, world_size, is_master=False, timeout=datetime.timedelta(seconds=timeout)
