@@ -1,6 +1,6 @@
 """Generation: token ids in, token ids and log-probs out, from the vLLM server of `vllm_server`.
 
-No tokenizer is involved. This module imports neither vLLM nor torch nor Megatron.
+No tokenizer is involved. This module imports neither vLLM nor Megatron.
 """
 
 from __future__ import annotations
