@@ -14,20 +14,38 @@ from layouts import GROUP_SIZE, MAX_RESPONSE, Layout, config_of, fixed_samples
 from siren_megatron.batch import make_batch
 from siren_megatron.config import read_hf_config
 
-TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+VPP, PACKED = "num_virtual_stages_per_pipeline_rank", "max_tokens_per_microbatch"
+EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+SP = {TP: 2, "sequence_parallel": True}
 METHOD_LAYOUTS: dict[int, list[Layout]] = {
-    1: [Layout("one rank", {}), Layout("micro-batch 1", {"micro_batch_size": 1})],
-    2: [
-        Layout("TP=2, sequence parallel", {TP: 2, "sequence_parallel": True, "micro_batch_size": 2}),
-        Layout("PP=2", {PP: 2, "micro_batch_size": 2}),
-        Layout("DP=2 packed", {"max_tokens_per_microbatch": 64}),
-        Layout("CP=2", {"context_parallel_size": 2}),
-        Layout(
-            "PP=2 VPP=2 packed",
-            {PP: 2, "num_virtual_stages_per_pipeline_rank": 2, "max_tokens_per_microbatch": 64},
-        ),
+    1: [
+        Layout("one rank", {}),
+        Layout("micro-batch 1", {"micro_batch_size": 1}),
+        Layout("packed", {PACKED: 64}),
+        Layout("recomputed", {"recompute_granularity": "full"}),
     ],
-    4: [Layout("TP=2 x PP=2", {TP: 2, PP: 2, "micro_batch_size": 4})],
+    2: [
+        Layout("TP=2 SP", {**SP, "micro_batch_size": 2}),
+        Layout("PP=2", {PP: 2, "micro_batch_size": 2}),
+        Layout("DP=2 packed", {PACKED: 64}),
+        Layout("CP=2", {CP: 2}),
+        Layout("PP=2 VPP=2 packed", {PP: 2, VPP: 2, PACKED: 64}),
+    ],
+    4: [
+        Layout("TP=2 PP=2", {TP: 2, PP: 2, "micro_batch_size": 4}),
+        Layout("TP=2 SP CP=2 packed", {**SP, CP: 2, PACKED: 64}),
+        Layout("PP=2 VPP=2 DP=2", {PP: 2, VPP: 2, "micro_batch_size": 2}),
+        Layout("DP=4", {"micro_batch_size": 2}),
+    ],
+}
+EXPERT_LAYOUTS: dict[int, list[Layout]] = {
+    1: [Layout("one rank", {})],
+    2: [Layout("EP=2 packed", {EP: 2, PACKED: 64}), Layout("EP=2 CP=2", {EP: 2, CP: 2})],
+    4: [
+        Layout("EP=2 TP=2 SP", {EP: 2, ETP: 1, **SP, "micro_batch_size": 2}),
+        Layout("EP=2 PP=2", {EP: 2, PP: 2, "micro_batch_size": 2}),
+    ],
 }
 _COV = {"entropy_cov_fraction": 0.1, "entropy_cov_low": 0.02}
 CASES: dict[str, dict[str, Any]] = {
@@ -43,7 +61,8 @@ CASES: dict[str, dict[str, Any]] = {
     "siren, no anchor": {"entropy_method": "siren", "siren_anchor": False},
     "siren, anchor alone": {"entropy_method": "siren", "siren_peak_quantile": 0.0, "entropy_top_p": 1.0},
     "entropy-constraint": {"entropy_method": "entropy-constraint", "entropy_rate": 0.05},
-    "paec": {"entropy_method": "paec"},
+    # At top-p 0.8 one token of these rollouts lies on the nucleus's very edge, and rounding decides for it.
+    "paec": {"entropy_method": "paec", "entropy_top_p": 0.7},
     "gspo, kl k3": {
         "grpo_policy_loss": "gspo",
         "grpo_clip_ratio_low": 0.003,
@@ -73,6 +92,8 @@ CASES: dict[str, dict[str, Any]] = {
         "loss_agg": "seq-mean-token-mean",
     },
 }
+EXPERT_CASES = {name: case for name, case in CASES.items() if case.get("entropy_method") == name}
+"""The entropy methods themselves, without the variants."""
 COMMON = {"global_batch_size": 8, "lr": 1e-3, "lr_warmup_steps": 0}
 """16 responses: two optimizer steps a rollout."""
 ANCHOR_OFFSET = 0.4  # nats above the initial policy's entropy, so that every penalty has a gradient

@@ -5,22 +5,22 @@ from __future__ import annotations
 import pytest
 from checkpoints import make_random_checkpoint
 from launch import run_ranks
-from methods import CASES, METHOD_LAYOUTS, train_cases
+from methods import CASES, EXPERT_CASES, EXPERT_LAYOUTS, METHOD_LAYOUTS, train_cases
 
 TOLERANCE = 1e-4
 # Below these a metric is rounding: sums of signed terms that cancel, and squares of small differences.
 FLOORS = {"loss/policy": 1e-3, "kl_old_new": 1e-4, "kl_ref": 1e-4, "loss/kl": 1e-4, "kl-cov/loss": 1e-4}
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """{layout: {case: (history, weights, state)}} and every rank's view of the metrics."""
-    checkpoint = make_random_checkpoint(
-        tmp_path_factory.mktemp("methods") / "model", hidden_size=32, num_hidden_layers=4
-    )
+# How often the fast path of the vocabulary operation sufficed is its own affair, and differs with the shards.
+PERFORMANCE = {"top_p_fallback_rows"}
+
+
+def train_everywhere(checkpoint, layouts_by_ranks, cases):
+    """{layout: {case: (history, weights, state)}}; all ranks have to report the same metrics."""
     by_layout: dict[str, dict] = {}
-    for world_size, layouts in METHOD_LAYOUTS.items():
-        ranks = run_ranks(train_cases, world_size, checkpoint, layouts, CASES, timeout=400)
+    for world_size, layouts in layouts_by_ranks.items():
+        ranks = run_ranks(train_cases, world_size, checkpoint, layouts, cases, timeout=500)
         for (layout, case), result in ranks[0].items():
             by_layout.setdefault(layout, {})[case] = result
             for other in ranks[1:]:
@@ -29,11 +29,19 @@ def results(tmp_path_factory):
     return by_layout
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    checkpoint = make_random_checkpoint(
+        tmp_path_factory.mktemp("methods") / "model", hidden_size=32, num_hidden_layers=4
+    )
+    return train_everywhere(checkpoint, METHOD_LAYOUTS, CASES)
+
+
 def worst_metric(got, want):
     worst = (0.0, "")
     for a, b in zip(got, want, strict=True):
         assert a.keys() == b.keys()
-        for name in a:
+        for name in a.keys() - PERFORMANCE:
             difference = abs(a[name] - b[name]) / max(abs(b[name]), FLOORS.get(name, 1e-9))
             worst = max(worst, (difference if a[name] != b[name] else 0.0, name))
     return worst
@@ -45,12 +53,22 @@ def drift(got, want):
 
 
 def test_every_layout_trains_alike(results):
-    reference_name = METHOD_LAYOUTS[1][0].name
+    compare_layouts(results, METHOD_LAYOUTS[1][0].name, CASES)
+
+
+def test_every_layout_trains_experts_alike(tmp_path):
+    checkpoint = make_random_checkpoint(tmp_path / "model", "qwen3-moe", hidden_size=32, num_hidden_layers=2)
+    results = train_everywhere(checkpoint, EXPERT_LAYOUTS, EXPERT_CASES)
+    compare_layouts(results, EXPERT_LAYOUTS[1][0].name, EXPERT_CASES)
+
+
+def compare_layouts(results, reference_name, cases):
+    """Print the table of differences; fail where one exceeds the tolerance."""
     others = [name for name in results if name != reference_name]
     print(f"\nlargest relative difference to '{reference_name}': metrics / weights")
     print(f"{'':32}" + "".join(f"{name[:20]:>22}" for name in others))
     failures = []
-    for case in CASES:
+    for case in cases:
         history, weights, state = results[reference_name][case]
         row = f"{case:32}"
         for name in others:
