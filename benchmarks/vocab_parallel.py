@@ -251,7 +251,8 @@ def main() -> None:
         text = "\n".join(table(list(group)) for _, group in groups)
         head = ", ".join(f"{k} {v}" for k, v in machine.items())
         options.output.with_suffix(".md").write_text(
-            f"# vocab_parallel, forward and backward\n\n{head}, {options.threads} threads in all, {options.clock} time.\n\n{text}"
+            f"# vocab_parallel, forward and backward\n\n{head}, {options.threads} threads in all, "
+            f"{options.clock} time.\n\n{text}"
         )
 
 
