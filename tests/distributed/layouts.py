@@ -111,7 +111,9 @@ def reference(checkpoint: Path, updates: int) -> tuple[list[dict[str, float]], d
     from transformers import AutoModelForCausalLM
 
     config = config_of(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
     norms = [p for p in model.parameters() if p.dim() == 1]
     matrices = [p for p in model.parameters() if p.dim() > 1]
     optimizer = torch.optim.AdamW(
