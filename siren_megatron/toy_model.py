@@ -45,8 +45,8 @@ WARM_UP_LINEAR_STEPS = 50
 
 
 @contextmanager
-def fixed_threads(num_threads: int = 2) -> Iterator[None]:
-    """Compute with this many threads whatever the machine has: the order of sums decides the last bits."""
+def fixed_threads(num_threads: int) -> Iterator[None]:
+    """Compute with so many threads whatever the machine has: the order of sums decides the last bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:

@@ -371,6 +371,7 @@ class RolloutServer:
             if self.alive():
                 self._kill_group(signal.SIGKILL)
                 self._process.wait()
+            self._wait_for_empty_group(2.0)
             shutil.rmtree(self.transfer_dir, ignore_errors=True)
             for fd in self._held_fds:
                 os.close(fd)
@@ -380,6 +381,14 @@ class RolloutServer:
             os.killpg(self.pid, signum)
         except ProcessLookupError:
             pass  # nobody is left
+
+    def _wait_for_empty_group(self, wait_s: float) -> None:
+        """Killed processes take a moment to let go of their memory and port; an init may never reap some."""
+        deadline = time.monotonic() + wait_s
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            while time.monotonic() < deadline:
+                os.killpg(self.pid, 0)
+                time.sleep(0.01)
 
     def __enter__(self) -> RolloutServer:
         return self

@@ -46,6 +46,7 @@ def build_countdown_checkpoint(
     tie_word_embeddings: bool = False,
     num_eval_prompts: int = 256,
     num_eval_samples: int = 32,
+    num_threads: int = 2,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -62,6 +63,7 @@ def build_countdown_checkpoint(
             model has a tail as a language model's.
         num_eval_prompts: held-out instances of the 3,341.
         num_eval_samples: responses sampled per held-out prompt to measure the result (temperature 1).
+        num_threads: of the computation; it decides the last bits, so it does not follow the machine.
         overwrite: rebuild an existing directory.
         quiet: print nothing and show no progress bar.
 
@@ -72,8 +74,8 @@ def build_countdown_checkpoint(
         ValueError: an argument is out of range, or ``output`` exists and was built otherwise.
     """
     arguments = _recipe_arguments(locals())
-    if steps < 1 or batch_size < 1 or num_eval_samples < 1:
-        raise ValueError("--steps, --batch-size and --num-eval-samples must be at least 1")
+    if min(steps, batch_size, num_eval_samples, num_threads) < 1:
+        raise ValueError("--steps, --batch-size, --num-eval-samples and --num-threads must be at least 1")
     if not 0 <= noise < 1:
         raise ValueError(f"--noise must be in [0, 1), got {noise}")
     instances = countdown.enumerate_instances()
@@ -99,7 +101,7 @@ def build_countdown_checkpoint(
             max_position_embeddings=64,
             seed=seed,
         )
-        with toy_model.fixed_threads():
+        with toy_model.fixed_threads(num_threads):
             loss = toy_model.warm_up(
                 model,
                 tokenizer,
@@ -190,12 +192,12 @@ def _build_once(
     if output.exists() and not saved and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not a checkpoint of this tool: give another --output")
     if saved and not overwrite:
-        differing = [key for key in recipe if saved.get(key) != recipe[key]]
-        if not differing:
+        differing = [key for key in recipe if key != "version" and saved.get(key, recipe[key]) != recipe[key]]
+        if not differing and saved.get("version") == RECIPE_VERSION:
             if not quiet:
                 print(f"{output}: already built with these arguments, reused (--overwrite rebuilds it)")
             return saved
-        if differing != ["version"]:  # an older version of this tool built it: built anew
+        if differing:  # else an older version of this tool built it, and it is built anew
             raise ValueError(
                 f"{output} exists and was built otherwise ({', '.join(differing)}): "
                 "give --overwrite or another --output"
@@ -262,6 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     task.add_argument("--noise", type=float, default=0.01, help="share of targets replaced by uniform tokens")
     task.add_argument("--num-eval-prompts", type=int, default=256, help="held out of the 3,341 instances")
     task.add_argument("--num-eval-samples", type=int, default=32, help="responses per held-out prompt")
+    task.add_argument("--num-threads", type=int, default=2, help="of the computation; decides the last bits")
 
     task = add("text", "random weights, tokenizer trained on a JSONL file")
     task.add_argument(

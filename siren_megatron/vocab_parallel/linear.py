@@ -64,7 +64,7 @@ def _nucleus_of(h: Tensor, weight: Tensor, local: Tensor, plan: ShardPlan, step:
 
 def _slice(nucleus: Nucleus, rows: slice) -> Nucleus:
     sums = type(nucleus.sums)(*(field[rows] for field in nucleus.sums))
-    return Nucleus(sums, *(field[rows] for field in nucleus[1:]))
+    return Nucleus(sums, *(None if field is None else field[rows] for field in nucleus[1:]))
 
 
 def _add_weight_gradient(target: Tensor, dz: Tensor, h: Tensor, chunk_bytes: int) -> None:
@@ -114,8 +114,9 @@ class _LinearTokenStats(torch.autograd.Function):
         for start in range(0, h.shape[0], ctx.step):
             rows = slice(start, start + ctx.step)
             dz = _logits(h[rows], weight, ctx.temperature) if z is None else z[rows].clone()
-            rows_state = RowState(*(field[rows] for field in state))
-            write_gradient(dz, dz, local[rows], rows_state, TokenStats(*(g[rows] for g in grads)), plan)
+            write_gradient(
+                dz, dz, local[rows], RowState(*state).rows(rows), TokenStats(*(g[rows] for g in grads)), plan
+            )
             if want_hidden:
                 torch.mm(dz, weight, out=grad_hidden[rows])
             if want_weight:

@@ -187,12 +187,12 @@ def merge(packs: Tensor, columns: Tensor, rank: int, top_p: float, exclusive: bo
     return _nucleus(f32, f64, cut, certified)
 
 
-def backward(z, out, coefs, nucleus, width, chunk_bytes, local_labels, label_grad) -> None:
+def backward(z, out, coefs, state, plan, local_labels, label_grad) -> None:
     """As torch_engine.backward."""
-    row_max, tau, cut = nucleus
-    tensors = [coefs.contiguous(), row_max, tau, cut, local_labels.contiguous(), label_grad.contiguous()]
+    tensors = (coefs, state.row_max, state.tau, state.cut, local_labels, label_grad)
+    tensors = [t.contiguous() for t in tensors]
     library().vp_backward(
-        z.data_ptr(), out.data_ptr(), int(z.dtype == torch.bfloat16), z.shape[0], z.shape[1], width,
+        z.data_ptr(), out.data_ptr(), int(z.dtype == torch.bfloat16), z.shape[0], z.shape[1], plan.width,
         *(t.data_ptr() for t in tensors), int(out.nbytes > _STREAM_BYTES), torch.get_num_threads(),
     )  # fmt: skip
 

@@ -142,6 +142,8 @@ def settle(z: Tensor, nucleus: Nucleus, plan: ShardPlan, engine: ModuleType) -> 
         found.append(radix_select(scans, row_max, plan.top_p, plan.exclusive, plan.tp_group, plan.rank))
     for name in ("tau", "cut", "mass", "mass_ed"):
         getattr(nucleus, name)[failing] = torch.cat([getattr(part, name) for part in found])
+    if nucleus.member_count is not None:
+        nucleus.member_count[failing] = -1
     nucleus.sums.sum_e[failing] = torch.cat([part.sum_e for part in found])
     return nucleus
 
@@ -150,8 +152,12 @@ def concatenate(parts: list[Nucleus]) -> Nucleus:
     """Rows of several nuclei, in order."""
     if len(parts) == 1:
         return parts[0]
-    sums = RowSums(*(torch.cat(field) for field in zip(*(p.sums for p in parts), strict=True)))
-    return Nucleus(sums, *(torch.cat(field) for field in zip(*(p[1:] for p in parts), strict=True)))
+
+    def joined(fields):
+        return None if any(f is None for f in fields) else torch.cat(fields)
+
+    sums = RowSums(*map(joined, zip(*(p.sums for p in parts), strict=True)))
+    return Nucleus(sums, *map(joined, zip(*(p[1:] for p in parts), strict=True)))
 
 
 def list_length(plan: ShardPlan) -> int:

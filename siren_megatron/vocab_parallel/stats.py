@@ -26,13 +26,19 @@ class TokenStats(NamedTuple):
 class RowState(NamedTuple):
     """What the gradient needs beside the logits: a handful of numbers a row. All [T].
 
-    sums [T, 4] fp64 = sum e, entropy, nucleus mass, top-p entropy; tau, cut: as in Nucleus.
+    sums [T, 4] fp64 = sum e, entropy, nucleus mass, top-p entropy; the others as in Nucleus.
     """
 
     sums: Tensor
     row_max: Tensor
     tau: Tensor
     cut: Tensor
+    members: Tensor | None
+    member_count: Tensor | None
+
+    def rows(self, chosen: slice) -> "RowState":
+        """These rows' state."""
+        return RowState(*(None if field is None else field[chosen] for field in self))
 
 
 def _entropy(mass: Tensor, mass_ed: Tensor) -> Tensor:
@@ -47,7 +53,7 @@ def stats_of(nucleus: Nucleus) -> tuple[TokenStats, RowState]:
     entropy, top_p_entropy = _entropy(sums.sum_e, sums.sum_ed), _entropy(nucleus.mass, nucleus.mass_ed)
     state = torch.stack([sums.sum_e, entropy, nucleus.mass, top_p_entropy], -1)
     return TokenStats(logprobs, entropy, top_p_entropy), RowState(
-        state, sums.row_max, nucleus.tau, nucleus.cut
+        state, sums.row_max, nucleus.tau, nucleus.cut, nucleus.members, nucleus.member_count
     )
 
 
@@ -72,8 +78,7 @@ def write_gradient(
     """dL/dlogits of the rows z [T, Vs] into out, which may be z. Args: local [T]; grads fp64 [T]."""
     coefs = gradient_coefficients(state, grads, plan.top_p)
     label_grad = grads.logprobs.to(coefs.dtype)
-    nucleus = (state.row_max, state.tau, state.cut)
-    plan.engine.backward(z, out, coefs, nucleus, plan.width, plan.chunk_bytes, local, label_grad)
+    plan.engine.backward(z, out, coefs, state, plan, local, label_grad)
 
 
 class _TokenStats(torch.autograd.Function):

@@ -17,6 +17,7 @@ TOP_K = 64
 HEADER = 8
 _BLOCK = 64
 _TILE_BYTES = 4 << 20  # a tile of rows and its temporaries stay in the cache
+_LIST_ROWS = 64  # rows whose lists are made together
 
 
 class RowSums(NamedTuple):
@@ -35,6 +36,8 @@ class Nucleus(NamedTuple):
     """The tokens with z > tau, or z == tau and local column < cut. All [T].
 
     mass, mass_ed: sum e and sum e*d over it, fp64; certified: False = the radix select has to settle the row.
+    The plain engine also keeps which columns they are, where its list has them: members [T, K], of which the
+    first member_count [T] count (-1: not listed).
     """
 
     sums: RowSums
@@ -43,6 +46,8 @@ class Nucleus(NamedTuple):
     mass: Tensor
     mass_ed: Tensor
     certified: Tensor
+    members: Tensor | None = None
+    member_count: Tensor | None = None
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -59,37 +64,31 @@ def _tile_rows(columns: int, chunk_bytes: int, itemsize: int) -> int:
     return max(1, min(_TILE_BYTES, chunk_bytes // 4) // max(1, columns * itemsize))
 
 
-def _row_max(z: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Largest logit of each row [R] and the maxima of strided blocks {j, j + n, j + 2n, ...} [R, n]."""
-    blocks = z.shape[1] // _BLOCK
-    if blocks == 0:
-        return z.amax(-1), None
-    main = z[:, : blocks * _BLOCK]
-    maxima = main.unflatten(1, (_BLOCK, blocks)).amax(1)
+def _row_max(z: Tensor, maxima: Tensor) -> Tensor:
+    """Largest logit of each row [R]; the maxima of its whole blocks of columns go to maxima [R, W // 64]."""
+    whole = maxima.shape[1] * _BLOCK
+    if whole == 0:
+        return z.amax(-1)
+    torch.amax(z[:, :whole].unflatten(1, (-1, _BLOCK)), -1, out=maxima)
     top = maxima.amax(-1)
-    if z.shape[1] > main.shape[1]:
-        top = torch.maximum(top, z[:, main.shape[1] :].amax(-1))
-    return top, maxima
+    return torch.maximum(top, z[:, whole:].amax(-1)) if z.shape[1] > whole else top
 
 
-def _largest(z: Tensor, maxima: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
+def _largest(z: Tensor, maxima: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The top_k largest logits of each row and their columns [R, top_k]: value descending, column ascending.
 
     Any logit above the top_k-th largest block maximum lies in one of the top_k blocks.
     """
     rows, width = z.shape
-    if maxima is not None and maxima.shape[1] > top_k:
-        blocks = maxima.shape[1]
+    if maxima.shape[1] > top_k:
         best = maxima.topk(top_k, -1, sorted=False).indices
-        offsets = torch.arange(_BLOCK, device=z.device) * blocks
-        columns = (best.unsqueeze(-1) + offsets).flatten(1)
-        if width > _BLOCK * blocks:
-            rest = torch.arange(_BLOCK * blocks, width, device=z.device)
-            columns = torch.cat([columns, rest.expand(rows, -1)], -1)
-        candidates = z.gather(1, columns)
+        columns = (best.unsqueeze(-1) * _BLOCK + torch.arange(_BLOCK, device=z.device)).flatten(1)
+        rest = torch.arange(_BLOCK * maxima.shape[1], width, device=z.device)
+        columns = torch.cat([columns, rest.expand(rows, -1)], -1)
+        candidates = z.gather(1, columns).to(maxima.dtype)
     else:
         columns = torch.arange(width, device=z.device).expand(rows, -1)
-        candidates = z
+        candidates = z.to(maxima.dtype)
     if candidates.shape[1] > top_k:
         picked = candidates.topk(top_k, -1, sorted=False).indices
         columns, candidates = columns.gather(1, picked), candidates.gather(1, picked)
@@ -119,24 +118,27 @@ def sweep(z: Tensor, local_labels: Tensor, width: int, top_k: int, chunk_bytes: 
     step = _tile_rows(width, chunk_bytes, dtype.itemsize)
     d_tile = torch.empty((min(step, z.shape[0]), width), dtype=dtype, device=z.device)
     e_tile = torch.empty_like(d_tile)
-    for start in range(0, z.shape[0], step):
-        rows = slice(start, min(start + step, z.shape[0]))
-        count = rows.stop - rows.start
-        d, e = d_tile[:count], e_tile[:count]
-        tile = z[rows, :width]
-        if tile.dtype != dtype:
-            tile = e.copy_(tile)
-        top, maxima = _row_max(tile)
+    maxima = torch.empty((_LIST_ROWS, width // _BLOCK), dtype=dtype, device=z.device)
+    for first in range(0, z.shape[0], _LIST_ROWS):
+        group = slice(first, min(first + _LIST_ROWS, z.shape[0]))
+        for start in range(group.start, group.stop, step):
+            rows = slice(start, min(start + step, group.stop))
+            count = rows.stop - rows.start
+            d, e = d_tile[:count], e_tile[:count]
+            tile = z[rows, :width]
+            if tile.dtype != dtype:
+                tile = e.copy_(tile)
+            top = _row_max(tile, maxima[start - first : rows.stop - first])
+            pack[rows, 0] = top
+            origin = torch.where(top == -torch.inf, 0.0, top)
+            torch.sub(tile, origin.unsqueeze(1), out=d)
+            torch.exp(d, out=e)
+            wide[rows, at[0]] = e.sum(-1).double()
+            wide[rows, at[1]] = torch.mul(d, e, out=d).sum(-1).double()
         if top_k:
-            values, ids = _largest(tile, maxima, top_k)
-            pack[rows, HEADER : HEADER + values.shape[1]] = values
-            columns[rows, : ids.shape[1]] = ids
-        pack[rows, 0] = top
-        origin = torch.where(top == -torch.inf, 0.0, top)
-        torch.sub(tile, origin.unsqueeze(1), out=d)
-        torch.exp(d, out=e)
-        wide[rows, at[0]] = e.sum(-1).double()
-        wide[rows, at[1]] = torch.mul(d, e, out=d).sum(-1).double()
+            values, ids = _largest(z[group, :width], maxima[: group.stop - first], top_k)
+            pack[group, HEADER : HEADER + values.shape[1]] = values
+            columns[group, : ids.shape[1]] = ids
     # Where a logit is -inf, e * d was 0 * (-inf): again, with d bounded.
     again = (wide[:, at[1]].isnan() & ~wide[:, at[0]].isnan()).nonzero().squeeze(1)
     for rows in again.split(step):
@@ -211,26 +213,20 @@ def merge(packs: Tensor, columns: Tensor, rank: int, top_p: float, exclusive: bo
     tau = tau.masked_fill(invalid, torch.nan)
     through, through_ed = through.masked_fill(invalid, torch.nan), through_ed.masked_fill(invalid, torch.nan)
     certified |= invalid
-    return Nucleus(sums, tau, cut, through, through_ed, certified)
+    members = (packs[rank, :, HEADER:] > tau.unsqueeze(1)).sum(-1) + ties
+    member_count = torch.where(certified, members, -1)
+    return Nucleus(sums, tau, cut, through, through_ed, certified, columns, member_count)
 
 
 def backward(
-    z: Tensor,
-    out: Tensor,
-    coefs: Tensor,
-    nucleus: tuple[Tensor, Tensor, Tensor],
-    width: int,
-    chunk_bytes: int,
-    local_labels: Tensor,
-    label_grad: Tensor,
+    z: Tensor, out: Tensor, coefs: Tensor, state, plan, local_labels: Tensor, label_grad: Tensor
 ) -> None:
     """Write e * (a0 + a1 d + 1_N (b0 + b1 d)) + label_grad 1[v = label] to out, zeros to padding columns.
 
     Args: z, out [T, Vs] (may be the same tensor); coefs [T, 4] = a0, a1, b0, b1, compute dtype;
-    nucleus = (row_max, tau, cut), each [T]; local_labels, label_grad [T].
+    state: a RowState; plan: a ShardPlan; local_labels, label_grad [T].
     """
-    dtype = compute_dtype(z.dtype)
-    row_max, tau, cut = nucleus
+    dtype, width, top = compute_dtype(z.dtype), plan.width, state.row_max
     if width == 0 or z.shape[0] == 0:
         out.zero_()
         return
@@ -238,26 +234,42 @@ def backward(
     label_term = (
         label_grad.to(dtype).masked_fill((local_labels < 0) | (local_labels >= width), 0.0).unsqueeze(1)
     )
-    step = _tile_rows(width, chunk_bytes, dtype.itemsize)
+    masked = (coefs[:, 2:] != 0).any(-1)
+    listed = masked & (state.member_count >= 0) if state.members is not None else torch.zeros_like(masked)
+    member_row, place = torch.empty(0, dtype=torch.int64, device=z.device), None
+    if listed.any():
+        counts = state.member_count.masked_fill(~listed, 0)
+        member_row, place = (
+            torch.arange(state.members.shape[1], device=z.device) < counts.unsqueeze(1)
+        ).nonzero(as_tuple=True)
+    step = _tile_rows(width, plan.chunk_bytes, dtype.itemsize)
+    starts = range(0, z.shape[0], step)
+    ends = torch.searchsorted(member_row, torch.tensor([*starts[1:], z.shape[0]], device=z.device)).tolist()
+    dense = (masked & ~listed).tolist()
     d_tile = torch.empty((min(step, z.shape[0]), width), dtype=dtype, device=z.device)
     e_tile = torch.empty_like(d_tile)
-    masked = bool((coefs[:, 2:] != 0).any())
-    for start in range(0, z.shape[0], step):
+    begin = 0
+    for start, end in zip(starts, ends, strict=True):
         rows = slice(start, min(start + step, z.shape[0]))
         d, e = d_tile[: rows.stop - start], e_tile[: rows.stop - start]
-        a0, a1, b0, b1 = (c.unsqueeze(1) for c in coefs[rows].unbind(1))
+        a0, a1 = coefs[rows, :1], coefs[rows, 1:2]
         tile = z[rows, :width]
         if tile.dtype != dtype:
             tile = e.copy_(tile)
-        torch.sub(tile, row_max[rows].unsqueeze(1), out=d)
+        torch.sub(tile, top[rows].unsqueeze(1), out=d)
         d.clamp_(min=lowest_exponent(dtype))
-        extra = _nucleus_term(tile, d, tau[rows], cut[rows], coefs[rows]) if masked else None
+        extra = _dense_term(tile, d, rows, coefs, state) if any(dense[rows]) else None
         torch.exp(d, out=e)
+        if end > begin:
+            at_row = member_row[begin:end]
+            column = state.members[at_row, place[begin:end]]
+            term = coefs[at_row, 2] + coefs[at_row, 3] * d[at_row - start, column]
         grad = torch.addcmul(a0, d, a1, out=d)
-        if isinstance(extra, Tensor):
+        if end > begin:
+            grad.index_put_((at_row - start, column), term, accumulate=True)
+        if extra is not None:
             grad.add_(extra)
-        elif extra is not None:
-            grad.index_put_(extra[:2], extra[2], accumulate=True)
+        begin = end
         if out.dtype == dtype:
             torch.mul(grad, e, out=out[rows, :width])
             out[rows, :width].scatter_add_(1, labels[rows], label_term[rows])
@@ -267,30 +279,16 @@ def backward(
     out[:, width:] = 0
 
 
-def _nucleus_term(tile: Tensor, d: Tensor, tau: Tensor, cut: Tensor, coefs: Tensor):
-    """1_N (b0 + b1 d) of a tile [R, W]: (row, column, value) where the nucleus is small, else dense."""
-    rows, width = tile.shape
-    b0, b1 = coefs[:, 2], coefs[:, 3]
-    blocks = width // _BLOCK
-    if blocks:
-        hot = tile[:, : blocks * _BLOCK].unflatten(1, (_BLOCK, blocks)).amax(1) >= tau.unsqueeze(1)
-        row, block = hot.nonzero(as_tuple=True)
-    if blocks and row.numel() * 16 < hot.numel():
-        device = tile.device
-        column = (block.unsqueeze(1) + blocks * torch.arange(_BLOCK, device=device)).flatten()
-        row = row.repeat_interleave(_BLOCK)
-        rest = torch.arange(blocks * _BLOCK, width, device=device)
-        row = torch.cat([row, torch.arange(rows, device=device).repeat_interleave(rest.numel())])
-        column = torch.cat([column, rest.repeat(rows)])
-        value, threshold = tile[row, column], tau[row]
-        keep = (value > threshold) | ((value == threshold) & (column < cut[row]))
-        row, column = row[keep], column[keep]
-        return row, column, b0[row] + b1[row] * d[row, column]
-    inside = torch.empty(tile.shape, dtype=torch.bool, device=tile.device)
-    for r, end in enumerate(cut.clamp(max=width).tolist()):  # ties count up to the cut, not beyond
-        torch.ge(tile[r, :end], tau[r], out=inside[r, :end])
-        torch.gt(tile[r, end:], tau[r], out=inside[r, end:])
-    return torch.addcmul(b0.unsqueeze(1), d, b1.unsqueeze(1)).mul_(inside)
+def _dense_term(tile: Tensor, d: Tensor, rows: slice, coefs: Tensor, state) -> Tensor:
+    """1_N (b0 + b1 d) of the tile's rows whose members aren't listed, 0 for the others [R, W]."""
+    inside = torch.zeros(tile.shape, dtype=torch.bool, device=tile.device)
+    width = tile.shape[1]
+    for r, end in enumerate(state.cut[rows].clamp(max=width).tolist()):  # ties count up to the cut
+        t = rows.start + r
+        if state.members is None or state.member_count[t] < 0:
+            torch.ge(tile[r, :end], state.tau[t], out=inside[r, :end])
+            torch.gt(tile[r, end:], state.tau[t], out=inside[r, end:])
+    return torch.addcmul(coefs[rows, 2:3], d, coefs[rows, 3:]).mul_(inside)
 
 
 class RowScans:
@@ -314,12 +312,17 @@ class RowScans:
             yield rows, tile, self.row_max[rows]
 
     def histogram(self) -> Tensor:
-        """Mass per digit [F, bins], exponentials and sums in fp64."""
-        out = torch.zeros(self.index.numel(), self.bins, dtype=torch.float64, device=self.z.device)
+        """Mass per digit [F, bins], exponentials and sums in fp64; sum e*d per digit is kept for ed_above."""
+        shape = (self.index.numel(), self.bins)
+        mass = torch.zeros(shape, dtype=torch.float64, device=self.z.device)
+        self.mass_ed = torch.zeros_like(mass)
         for rows, tile, top in self._tiles():
             digits = (tile - top).mul_(-self.per_nat).clamp_(max=self.bins - 1.0).to(torch.int64)
-            out[rows].scatter_add_(1, digits, tile.double().sub_(top).exp_())
-        return out
+            d = tile.double().sub_(top).clamp_(min=-750.0)
+            e = d.exp()
+            mass[rows].scatter_add_(1, digits, e)
+            self.mass_ed[rows].scatter_add_(1, digits, d.mul_(e))
+        return mass
 
     def collect(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(row, local column, logit) of the logits whose digit is chosen [F]; columns ascending in a row."""
@@ -330,13 +333,13 @@ class RowScans:
             digit = (tile - top).mul_(-self.per_nat)
             row, column = (digit >= first[rows]).logical_and_(~(digit >= beyond[rows])).nonzero(as_tuple=True)
             parts.append((row + rows.start, column, tile[row, column]))
-        return tuple(torch.cat(field) for field in zip(*parts, strict=True))
+        self.chosen, self.found = chosen, tuple(torch.cat(field) for field in zip(*parts, strict=True))
+        return self.found
 
     def ed_above(self, tau: Tensor) -> Tensor:
-        """sum e*d over z > tau [F] fp64, from terms in the compute dtype."""
-        out = []
-        for rows, tile, top in self._tiles():
-            inside = tile > tau[rows].unsqueeze(1)
-            d = tile.sub_(top).clamp_(min=lowest_exponent(tile.dtype))
-            out.append(d.exp().mul_(d).mul_(inside).sum(-1).double())
-        return torch.cat(out)
+        """sum e*d over z > tau [F] fp64, where tau is in the chosen bin."""
+        row, _, value = self.found
+        higher = torch.arange(self.bins, device=tau.device) < self.chosen.unsqueeze(1)
+        out = (self.mass_ed * higher).sum(-1)
+        d = (value.double() - self.row_max.double()[row, 0]).clamp_(min=-750.0)
+        return out.index_add_(0, row, (d.exp() * d).masked_fill_(value <= tau[row], 0.0))

@@ -160,15 +160,14 @@ def _backward_kernel(
     tl.store(out_ptr + row * stride + at, grad.to(out_ptr.dtype.element_ty), mask=at < stride)
 
 
-def backward(z, out, coefs, nucleus, width, chunk_bytes, local_labels, label_grad) -> None:
+def backward(z, out, coefs, state, plan, local_labels, label_grad) -> None:
     """As torch_engine.backward: one read and one write of the shard."""
-    row_max, tau, cut = nucleus
     rows, stride = z.shape
     if rows == 0:
         return
-    tensors = (t.contiguous() for t in (coefs, row_max, tau, cut, local_labels, label_grad))
+    tensors = (t.contiguous() for t in (coefs, state.row_max, state.tau, state.cut, local_labels, label_grad))
     grid = (rows, triton.cdiv(stride, _BLOCK))
-    _backward_kernel[grid](z, out, *tensors, stride, width, lowest_exponent(torch.float32), B=_BLOCK)
+    _backward_kernel[grid](z, out, *tensors, stride, plan.width, lowest_exponent(torch.float32), B=_BLOCK)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ HOSTILE = "tests.unit.hostile_rewards:act"
 
 @pytest.fixture(scope="module")
 def math_pool():
-    with RewardPool("math", num_workers=2, time_limit_s=2) as pool:
+    with RewardPool("math", num_workers=2, time_limit_s=3) as pool:
         yield pool
 
 

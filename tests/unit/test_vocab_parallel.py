@@ -272,3 +272,21 @@ def test_temperature_is_the_callers(implementation):
         stats = vocab_parallel_token_stats(scaled, labels, top_p=0.8, implementation=implementation)
         for value, target in zip(stats, reference_stats(scaled, labels, 0.8, False)[:3], strict=True):
             torch.testing.assert_close(value.double(), target.detach(), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_rows_whose_maximum_moves(dtype, implementation):
+    """Later parts of a row may lie hundreds above or below the earlier ones, or begin with -inf only."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 9000, generator=g), torch.randn(2, 9000, generator=g)
+    rows = [
+        torch.linspace(-400, 300, 20_000).repeat(2, 1),
+        torch.cat([a - 500, b + 70], 1),
+        torch.cat([a + 500, b - 70], 1),
+        torch.cat([torch.full((2, 9000), -torch.inf), b], 1),
+        torch.cat([torch.full((2, 6000), -3e38), torch.full((2, 6000), 3e38)], 1),
+    ]
+    for z in rows:
+        z = z.to(dtype)
+        for top_p in (0.3, 0.999):
+            check(z, z.float().argmax(-1), top_p, "inclusive", implementation)

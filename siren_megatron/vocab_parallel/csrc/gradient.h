@@ -17,8 +17,6 @@ INLINE void put(uint16_t* p, vf v, bool stream) {
 #endif
   memcpy(p, &h, sizeof h);
 }
-INLINE vf get(const float* p) { return load(p); }
-INLINE vf get(const uint16_t* p) { return load_bf16(p); }
 INLINE float narrow(float x, const float*) { return x; }
 INLINE uint16_t narrow(float x, const uint16_t*) { return float_to_bf16(x); }
 
@@ -28,11 +26,11 @@ enum Mask { NONE, AT_LEAST, ABOVE };  // which columns are in the nucleus: none,
 
 INLINE vf grad_of(vf x, const Slopes& c) {
   const vf d = vmax(splat(LOWEST), x - c.max);
-  return exp_neg(d) * (c.a0 + c.a1 * d);
+  return exp_near(d) * (c.a0 + c.a1 * d);
 }
 INLINE vf grad_of(vf x, const Slopes& c, vi inside) {
   const vf d = vmax(splat(LOWEST), x - c.max);
-  return exp_neg(d) * (blend(inside, splat(c.b0), splat(c.a0)) + blend(inside, splat(c.b1), splat(c.a1)) * d);
+  return exp_near(d) * (blend(inside, splat(c.b0), splat(c.a0)) + blend(inside, splat(c.b1), splat(c.a1)) * d);
 }
 template <Mask MASK>
 INLINE vf masked_grad(vf x, const Slopes& c, float tau) {
@@ -40,15 +38,30 @@ INLINE vf masked_grad(vf x, const Slopes& c, float tau) {
   return grad_of(x, c, MASK == AT_LEAST ? x >= tau : x > tau);
 }
 
+template <Mask MASK>
+INLINE uint32_t inside_bits(vf x, float tau) {
+  return MASK == AT_LEAST ? ge_bits(x, splat(tau)) : MASK == ABOVE ? gt_bits(x, splat(tau)) : 0;
+}
+
 template <Mask MASK, class T>
 INLINE void grad_range(const T* z, T* out, int64_t from, int64_t to, const Slopes& c, float tau, bool stream) {
   int64_t i = from;
   for (; i + 64 <= to; i += 64) {
+    vf x[4];
+    uint32_t inside = 0;
 #pragma GCC unroll 4
-    for (int u = 0; u < 64; u += LANES) {
-      __builtin_prefetch(z + i + u + 2048);
-      put(out + i + u, masked_grad<MASK>(get(z + i + u), c, tau), stream);
+    for (int u = 0; u < 4; u++) {
+      x[u] = get(z + i + 16 * u);
+      __builtin_prefetch(z + i + 16 * u + 2048);
+      inside |= inside_bits<MASK>(x[u], tau);
     }
+    if (MASK != NONE && inside) {  // most groups hold no member of the nucleus
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; u++) put(out + i + 16 * u, masked_grad<MASK>(x[u], c, tau), stream);
+      continue;
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; u++) put(out + i + 16 * u, grad_of(x[u], c), stream);
   }
   for (; i < to; i += LANES) put(out + i, masked_grad<MASK>(get(z + i), c, tau), stream);
 }

@@ -17,7 +17,7 @@ int64_t forward_rows(const T* z, int64_t rows, int64_t stride, int64_t width, co
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < rows; t++) {
       const T* row = z + t * stride;
-      const Sweep w = sweep_row(row, width, true, s.maxima.data());
+      const Sweep w = sweep_row(row, width, s.maxima.data());
       Result r = {w.max, NEG_INF, w.sum_e, w.sum_ed, NEG_INF, 0, w.sum_e, w.sum_ed, true};
       if (labels && labels[t] >= 0 && labels[t] < width) r.label = as_float(row[labels[t]]);
       if (!(w.sum_e > 0) || std::isinf(w.max)) {
@@ -45,7 +45,7 @@ void sweep_rows(const T* z, int64_t rows, int64_t stride, int64_t width, const i
     for (int64_t t = 0; t < rows; t++) {
       const T* row = z + t * stride;
       float* out = pack + t * (HEADER + top_k);
-      const Sweep w = sweep_row(row, width, true, s.maxima.data());
+      const Sweep w = sweep_row(row, width, s.maxima.data());
       out[0] = w.max, out[1] = NEG_INF, out[6] = ENGINE, out[7] = 0;
       if (labels && labels[t] >= 0 && labels[t] < width) out[1] = as_float(row[labels[t]]);
       memcpy(out + 2, &w.sum_e, 8), memcpy(out + 4, &w.sum_ed, 8);

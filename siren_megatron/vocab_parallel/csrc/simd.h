@@ -57,6 +57,15 @@ INLINE uint32_t ge_bits(vf a, vf b) {  // bit i: a[i] >= b[i]
   return r;
 #endif
 }
+INLINE uint32_t gt_bits(vf a, vf b) {  // bit i: a[i] > b[i]
+#ifdef __AVX512F__
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#else
+  uint32_t r = 0;
+  for (int i = 0; i < LANES; i++) r |= (uint32_t)(a[i] > b[i]) << i;
+  return r;
+#endif
+}
 INLINE float hmax(vf v) {  // ignores NaN
   float r = -__builtin_inff();
   for (int i = 0; i < LANES; i++) r = v[i] > r ? v[i] : r;
@@ -71,6 +80,8 @@ INLINE vf load_bf16(const uint16_t* p) {
   vh h; memcpy(&h, p, sizeof h);
   return (vf)(__builtin_convertvector(h, vi) << 16);
 }
+INLINE vf get(const float* p) { return load(p); }
+INLINE vf get(const uint16_t* p) { return load_bf16(p); }
 INLINE vh round_bf16(vf v) {  // round to nearest even
 #ifdef __AVX512BF16__
   return (vh)_mm512_cvtneps_pbh((__m512)v);
@@ -89,9 +100,9 @@ INLINE uint16_t float_to_bf16(float f) {
 
 constexpr float LOWEST = -88.029692f;  // below it exp_neg is exactly 0; d is clamped here: no 0 * (-inf)
 
-// exp(d) for LOWEST <= d <= 0, relative error below 3e-7 + 1.4e-8 |d|; exactly 0 at LOWEST; NaN stays NaN.
+// exp(d) for LOWEST <= d < 88, relative error below 3e-7 + 1.4e-8 |d|; exactly 0 at LOWEST; NaN stays NaN.
 // d log2(e) = r + f with integer r: 2^f by a minimax polynomial, 2^r from the bits left in the magic sum.
-INLINE vf exp_neg(vf d) {
+INLINE vf exp_near(vf d) {
   const vf magic = splat(12582912.0f + 127.0f);
   vf t = d * 1.44269502f + magic;
   vf f = d * 1.44269502f - (t - magic);

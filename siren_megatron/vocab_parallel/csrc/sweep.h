@@ -25,7 +25,8 @@ struct Scratch {
   std::vector<float> row, maxima;
   std::vector<uint64_t> list;
   float list_end = 0;  // every logit >= list_end is in the list
-  std::vector<int32_t> keys, ids;
+  std::vector<int32_t> keys, ids;  // `found` logits near the threshold, columns ascending
+  size_t found = 0;
   std::vector<double> mass;
   double histogram[BINS];
   explicit Scratch(int64_t width) : maxima(((width + CHUNK - 1) / CHUNK) * (CHUNK / BLOCK) * LANES) {}
@@ -48,52 +49,75 @@ INLINE float as_float(float x) { return x; }
 INLINE float as_float(uint16_t x) { return bf16_to_float(x); }
 INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Max, sum e, sum e d in one read of memory: a chunk's maximum first, its exponentials while it is in L1.
+// Moves the sums' origin up from one maximum to another: returns sum e, changes sum e d.
+INLINE vd rescaled(vd sum_e, vd& sum_ed, float from, float to) {
+  if (from == NEG_INF) return sum_e;  // nothing but zeros so far (or a NaN, which stays)
+  const double shift = (double)from - to, scale = std::exp(shift);
+  sum_ed = (sum_ed + shift * sum_e) * scale;
+  return sum_e * scale;
+}
+
+// Sums of one chunk relative to an origin near its maximum, the lane maxima of its blocks, and its maximum.
+struct Chunk { float max; vd sum_e, sum_ed; };
+
+template <class P>
+INLINE Chunk chunk_sums(const P* p, int64_t room, float origin, float* maxima, const char* ahead) {
+  vf chunk_max = splat(NEG_INF);
+  vd sum_e = {}, sum_ed = {};
+  for (int64_t b = 0; b < room; b += BLOCK) {
+    vf top[4] = {splat(NEG_INF), splat(NEG_INF), splat(NEG_INF), splat(NEG_INF)}, e[4] = {}, ed[4] = {};
+    for (int64_t i = b; i < b + BLOCK; i += 64) {
+      for (int k = 0; k < 64 * (int)sizeof(P); k += 64) __builtin_prefetch(ahead + i * sizeof(P) + k);
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; u++) {
+        const vf x = get(p + i + 16 * u), d = vmax(splat(LOWEST), x - origin), mass = exp_near(d);
+        top[u] = vmax(x, top[u]);
+        e[u] += mass;
+        ed[u] += mass * d;
+      }
+    }
+    const vf block_max = vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
+    store(maxima + b / BLOCK * LANES, block_max);
+    chunk_max = vmax(block_max, chunk_max);
+    const vf s = (e[0] + e[1]) + (e[2] + e[3]), t = (ed[0] + ed[1]) + (ed[2] + ed[3]);
+    sum_e += widen(low(s)) + widen(high(s));
+    sum_ed += widen(low(t)) + widen(high(t));
+  }
+  return {hmax(chunk_max), sum_e, sum_ed};
+}
+
 template <class T>
-Sweep sweep_row(const T* z, int64_t width, bool want_ed, float* maxima) {
+float first_max(const T* z, int64_t n) {
+  float top = NEG_INF;
+  for (int64_t i = 0; i < n; i++) top = as_float(z[i]) > top ? as_float(z[i]) : top;
+  return top;
+}
+
+// Max, sum e, sum e d in one read. The origin of a chunk's exponentials is the maximum before it: far enough
+// below its own that they could overflow, the chunk is done again.
+template <class T>
+Sweep sweep_row(const T* z, int64_t width, float* maxima) {
   alignas(64) float tmp[CHUNK];
   float m = NEG_INF;
   vd se = {}, sd = {};
   for (int64_t at = 0; at < width; at += CHUNK) {
     const int64_t n = std::min(CHUNK, width - at), room = round_up(n, BLOCK);
-    const float* p = as_float(z + at, n, room, tmp);
-    vf chunk_max = splat(NEG_INF);
-    for (int64_t b = 0; b < room; b += BLOCK) {
-      vf a0 = load(p + b), a1 = load(p + b + 16), a2 = load(p + b + 32), a3 = load(p + b + 48);
-      for (int64_t i = b + 64; i < b + BLOCK; i += 64) {
-        a0 = vmax(load(p + i), a0), a1 = vmax(load(p + i + 16), a1);
-        a2 = vmax(load(p + i + 32), a2), a3 = vmax(load(p + i + 48), a3);
-      }
-      a0 = vmax(vmax(a0, a1), vmax(a2, a3));
-      store(maxima + (at + b) / BLOCK * LANES, a0);
-      chunk_max = vmax(a0, chunk_max);
+    float* const lanes = maxima + at / BLOCK * LANES;
+    const float* padded = n == room ? nullptr : as_float(z + at, n, room, tmp);
+    const char* ahead = (const char*)(z + at + CHUNK);
+    auto sums = [&] {
+      const float origin = m == NEG_INF ? 0.0f : m;
+      return padded ? chunk_sums(padded, room, origin, lanes, ahead) : chunk_sums(z + at, room, origin, lanes, ahead);
+    };
+    if (m == NEG_INF) m = first_max(z + at, std::min(n, BLOCK));
+    if (m == NEG_INF) m = first_max(z + at, n);
+    Chunk c = sums();
+    if (m != NEG_INF && c.max > m + 60.0f && !std::isinf(c.max)) {
+      se = rescaled(se, sd, m, c.max), m = c.max;
+      c = sums();
     }
-    const float top = hmax(chunk_max);
-    if (top > m) {
-      if (m != NEG_INF) {
-        const double shift = (double)m - top, scale = std::exp(shift);
-        sd = (sd + shift * se) * scale, se = se * scale;
-      }
-      m = top;
-    }
-    const vf origin = splat(m == NEG_INF ? 0.0f : m), floor = splat(LOWEST);
-    const T* ahead = z + at + CHUNK;
-    for (int64_t b = 0; b < room; b += BLOCK) {
-      vf e[4] = {}, ed[4] = {};
-      for (int64_t i = b; i < b + BLOCK; i += 64) {
-        for (int k = 0; k < 64; k += 64 / (int64_t)sizeof(T)) __builtin_prefetch(ahead + i + k);
-#pragma GCC unroll 4
-        for (int u = 0; u < 4; u++) {
-          vf d = vmax(floor, load(p + i + 16 * u) - origin);
-          vf x = exp_neg(d);
-          e[u] += x;
-          if (want_ed) ed[u] += x * d;
-        }
-      }
-      vf s = (e[0] + e[1]) + (e[2] + e[3]), t = (ed[0] + ed[1]) + (ed[2] + ed[3]);
-      se += widen(low(s)) + widen(high(s));
-      sd += widen(low(t)) + widen(high(t));
-    }
+    se += c.sum_e, sd += c.sum_ed;
+    if (c.max > m) se = rescaled(se, sd, m, c.max), m = c.max;
   }
   return {m, hsum(se), hsum(sd)};
 }
