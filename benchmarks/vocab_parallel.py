@@ -114,7 +114,8 @@ def measure(case: dict, options: argparse.Namespace, rank: int, size: int) -> li
         results[name] = dict(method=name, collectives=collectives.count, times=[], **(info or {}))
         prepare(name)
         if options.heap == "fresh":
-            results[name]["extra_bytes"] = peak_extra_bytes(lambda name=name: run(name))
+            extra = peak_extra_bytes(lambda name=name: run(name))
+            results[name]["extra_bytes"] = extra * tokens // (few if name in SLOW else tokens)
     for round_ in range(options.rounds):
         for name in methods:
             if name in SLOW and round_ >= options.slow_rounds:

@@ -72,7 +72,7 @@ def _add_weight_gradient(target: Tensor, dz: Tensor, h: Tensor, chunk_bytes: int
     if target.dtype == dz.dtype:
         target.addmm_(dz.t(), h)
         return
-    step = max(1, chunk_bytes // (4 * max(1, h.shape[1]) * target.itemsize))
+    step = max(1, chunk_bytes // (max(1, h.shape[1]) * target.itemsize))
     for start in range(0, dz.shape[1], step):
         columns = slice(start, start + step)
         target[columns].add_(dz[:, columns].t() @ h)
