@@ -83,18 +83,18 @@ def save_checkpoint(directory: Path, trainer: Trainer, state: dict[str, Any]) ->
     shared = [state]
     dist.broadcast_object_list(shared, src=0)
     final = directory / f"step_{state['step']:06d}"
-    partial = final.with_name(final.name + ".partial")
+    unfinished = final.with_name(final.name + ".partial")
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
     dist.barrier()
     content = _sharded_state(trainer, is_loading=False)
     content.update(scheduler=trainer.scheduler.state_dict(), run=shared[0])
-    dist_checkpointing.save(content, str(partial))
+    dist_checkpointing.save(content, str(unfinished))
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        unfinished.rename(final)
         pointer = directory / "latest.partial"
         pointer.write_text(final.name + "\n")
         pointer.rename(directory / "latest")
