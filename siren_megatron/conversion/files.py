@@ -116,14 +116,16 @@ def read_safetensors_header(path: Path) -> dict[str, FileArray]:
             dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
             numbers = [*shape, start, stop]
         except (TypeError, KeyError, ValueError):
-            raise ValueError(f"{path} has a damaged header: {name}") from None
+            raise ValueError(f"{path} has a damaged header: {name!r}") from None
         if not all(type(n) is int and n >= 0 for n in numbers):
-            raise ValueError(f"{path} has a damaged header: {name}")
+            raise ValueError(f"{path} has a damaged header: {name!r}")
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {dtype}, not supported (known: {', '.join(DTYPES)})")
+            raise ValueError(
+                f"{path}: {name!r} has dtype {dtype!r}, not supported (known: {', '.join(DTYPES)})"
+            )
         array = FileArray(path, 8 + length + start, DTYPES[dtype], tuple(shape))
         if stop - start != array.nbytes:
-            raise ValueError(f"{path} has a damaged header: {name} has another size than its shape {shape}")
+            raise ValueError(f"{path} has a damaged header: {name!r} has another size than its shape {shape}")
         arrays[name] = array
         spans.append((start, stop))
     end = 0

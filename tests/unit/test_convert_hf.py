@@ -149,7 +149,7 @@ IMPORT_MISTAKES = {
         lambda d: change_tensors(
             d, lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)})
         ),
-        "model.norm.weight has dtype I8, not supported",
+        "'model.norm.weight' has dtype 'I8', not supported",
     ),
     "truncated file": (lambda d: cut_short(d / "model.safetensors"), "model.safetensors is truncated"),
     "empty file": (
