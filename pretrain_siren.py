@@ -20,6 +20,7 @@ def main() -> None:
     from siren_megatron.job import Job
 
     with Job(config, device) as job:
+        job.evaluate_if_due()
         while job.step < config.train.num_steps:
             prompts = job.next_prompts()
             groups = job.generate(prompts)
@@ -30,6 +31,7 @@ def main() -> None:
             batch = job.compute_advantages(batch)
             metrics = job.update(batch)
             job.update_weights()
+            job.evaluate_if_due()
             job.log(batch, metrics)
             job.save_if_due()
         job.export()

@@ -20,6 +20,7 @@ from typing import Any
 
 from siren_megatron.architecture import Architecture, Layout
 from siren_megatron.data_options import DataOptions, check_data
+from siren_megatron.evaluation_options import EvaluationOptions, check_evaluation
 from siren_megatron.method_options import CorrectionOptions, EntropyOptions, GrpoOptions, check_methods
 from siren_megatron.options import REQUIRED, flag, option
 
@@ -134,6 +135,7 @@ GROUPS = {
     "correction": CorrectionOptions,
     "rollout": RolloutOptions,
     "data": DataOptions,
+    "evaluation": EvaluationOptions,
     "run": RunOptions,
 }
 
@@ -150,6 +152,7 @@ class Config:
     correction: CorrectionOptions
     rollout: RolloutOptions
     data: DataOptions
+    evaluation: EvaluationOptions
     run: RunOptions
 
     @classmethod
@@ -416,6 +419,12 @@ def _check_files(config: Config) -> None:
     if pretrained is not None and not (pretrained / "metadata.json").is_file():
         raise ValueError(f"--pretrained-checkpoint {pretrained} is no Megatron distributed checkpoint")
     check_data(config.data)
+    check_evaluation(
+        config.evaluation,
+        prompt_key=config.data.prompt_key,
+        answer_key=config.data.prompt_answer_key,
+        seq_length=config.train.seq_length,
+    )
     if run.load is not None and run.overwrite:
         raise ValueError("--load and --overwrite contradict each other")
     if run.load is not None and not (run.load / "checkpoints").is_dir():

@@ -27,6 +27,7 @@ from siren_megatron.rewards import RewardPool
 from siren_megatron.rollout import RolloutClient, RolloutError, RolloutServer, ServerOptions
 from siren_megatron.tokenizer import replace_tokenizer_files
 from siren_megatron.trainer import Trainer, initialize_model_parallel
+from siren_megatron.training_evaluation import TrainingEvaluation
 from siren_megatron.weight_sync import WeightPublisher, WeightSyncError
 
 CHECK_TOKENS = 8
@@ -147,6 +148,8 @@ class Job:
             data.reward_name, num_workers=data.reward_num_workers, time_limit_s=data.reward_time_limit
         )
         self._stack.callback(self.rewards.close)
+        self.evaluation = TrainingEvaluation(config, self.tokenizer, self.rewards)
+        self._stack.callback(self.evaluation.close)
 
     def _make_logger(self) -> MetricsLogger:
         run = self.config.run
@@ -317,6 +320,12 @@ class Job:
             )
         return largest
 
+    def evaluate_if_due(self) -> None:
+        """Sample and grade the benchmarks every `--eval-interval` steps; `log` records it with the step."""
+        if self.is_main and self.evaluation.is_due(self.step):
+            with self.timer.stage("eval"):
+                self.evaluation.run(self.step, self.client, self.logger.print)
+
     # ---------------------------------------------------------------- record
 
     @property
@@ -339,6 +348,7 @@ class Job:
                 "siren/entropy_masked": self.trainer.masked_entropy(batch),
                 self._anchor_name: self.trainer.entropy.target(self.entropy_anchor),
                 **self.sampling_metrics,
+                **self.evaluation.metrics_of(self.step),
                 **metrics,
                 "response_length": tokens / batch.num_responses,
                 "rollout_logprob_diff": float(

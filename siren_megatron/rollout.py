@@ -72,6 +72,7 @@ class RolloutClient:
         top_p: float = 1.0,
         seed: int,
         stop_token_ids: Sequence[int],
+        stream_ids: Sequence[int] | None = None,
         on_group: Callable[[int, list[Sample]], None] | None = None,
     ) -> list[list[Sample]]:
         """Sample num_samples responses to every prompt.
@@ -87,6 +88,8 @@ class RolloutClient:
             top_p: nucleus of the sampling distribution, in (0, 1].
             seed: any integer; sample i of prompt k draws from a stream of its own.
             stop_token_ids: tokens that end a response, as its last token; only max_tokens ends one else.
+            stream_ids: number of each prompt's random stream; None = their positions. A part of a list asked
+                for with the numbers it has there gets what the whole list would give it.
             on_group: called in this thread with (prompt index, its samples) as soon as a prompt is done,
                 in the order in which prompts finish.
 
@@ -119,7 +122,11 @@ class RolloutClient:
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
-        return asyncio.run(self._generate([list(prompt) for prompt in prompts], common, seed, on_group))
+        streams = range(len(prompts)) if stream_ids is None else stream_ids
+        seeds = [prompt_seed(seed, stream) for stream in streams]
+        if len(seeds) != len(prompts):
+            raise ValueError(f"stream_ids has {len(seeds)} numbers for {len(prompts)} prompts")
+        return asyncio.run(self._generate([list(prompt) for prompt in prompts], common, seeds, on_group))
 
     def _check_prompt(self, index: int, prompt: Sequence[int], max_tokens: int) -> None:
         if len(prompt) == 0:
@@ -142,7 +149,7 @@ class RolloutClient:
         self,
         prompts: list[list[int]],
         common: dict[str, Any],
-        seed: int,
+        seeds: Sequence[int],
         on_group: Callable[[int, list[Sample]], None] | None,
     ) -> list[list[Sample]]:
         import aiohttp
@@ -152,7 +159,7 @@ class RolloutClient:
 
         async def worker(session: aiohttp.ClientSession) -> None:
             for index, prompt in waiting:
-                body = {**common, "prompt": prompt, "seed": prompt_seed(seed, index)}
+                body = {**common, "prompt": prompt, "seed": seeds[index]}
                 async with session.post("/v1/completions", json=body) as response:
                     answer = await response.json(content_type=None)
                     if response.status != 200:

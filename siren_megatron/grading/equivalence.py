@@ -35,12 +35,18 @@ from siren_megatron.grading.forms import (
     parse_form,
 )
 from siren_megatron.grading.spelling import normalise
+from siren_megatron.grading.time_limit import OutOfTime, cpu_time_limit
 
 MAX_ANSWER_CHARS = 1000
 MAX_NESTING = 30
 TOLERANCE = 1e-9
 """Relative, of floats that stand for the same number."""
 
+MATH_VERIFY_SECONDS = 1.5
+"""Processor time of one call of math-verify; nearly all take a few milliseconds."""
+
+# Towers of powers and huge exponents, which nothing but an exact copy would equal.
+_EXPLOSIVE = re.compile(r"\^\s*\{?\s*\d+\s*\^|\^\s*\{?\s*\d{4,}|\d{4,}\s*!")
 _DECIMAL = re.compile(r"[+-]?(\d*)\.(\d+)(?:[eE]([+-]?\d+))?|[+-]?(\d+)[eE]([+-]?\d+)")
 _IDENTIFIER = re.compile(
     r"\\?[A-Za-z]+(?:_(?:\{[^{}]*\}|\w))?(?:\s?\([^()]{1,20}\))?(?:'|\^\{?\\prime\}?)*"
@@ -387,9 +393,13 @@ def _same_leaves(gold: Leaf, other: Leaf, strict: bool) -> bool | None:
     if not (_constant(gold) and _constant(other)):
         return _same_functions(gold.expression, other.expression)
     try:
-        ours, theirs = gold.expression.at({}), other.expression.at({})
+        ours = gold.expression.at({})
     except NotArithmetic:
         return None
+    try:
+        theirs = other.expression.at({})
+    except NotArithmetic:
+        return False  # a division by zero, or beyond any number that the gold answer is
 
     def equal(factor_ours: float = 1.0, factor_theirs: float = 1.0) -> bool:
         return _same_numbers(gold, _scaled(ours, factor_ours), other, _scaled(theirs, factor_theirs), strict)
@@ -528,11 +538,17 @@ def _parse_gold(text: str) -> list:
 
 @lru_cache(maxsize=16384)
 def same_by_math_verify(gold: str, candidate: str) -> bool:
-    """math-verify's verdict on two texts."""
+    """math-verify's verdict on two texts; False when it takes longer than MATH_VERIFY_SECONDS.
+
+    The pool ends what this limit cannot stop: a single operation of C code.
+    """
     from math_verify import verify
 
-    if not gold or not candidate:
+    if not gold or not candidate or _EXPLOSIVE.search(candidate) or candidate.count("!") > 3:
         return False
-    parsed = _parse_latex(candidate)
-    # The pool ends whatever takes too long; math-verify's own alarm would stop pure Python code only.
-    return bool(parsed) and bool(verify(_parse_gold(gold), parsed, timeout_seconds=None))
+    try:
+        with cpu_time_limit(MATH_VERIFY_SECONDS):
+            parsed = _parse_latex(candidate)
+            return bool(parsed) and bool(verify(_parse_gold(gold), parsed, timeout_seconds=None))
+    except OutOfTime:
+        return False
