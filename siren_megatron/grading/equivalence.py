@@ -83,6 +83,9 @@ def _equivalent(candidate: str, gold: str, strict: bool) -> bool:
         return False
     if candidate.replace(" ", "") == gold.replace(" ", ""):
         return True
+    if any(re.search(r"\\log_(?:\{10\}|10)", text) for text in (candidate, gold)):
+        # Beside a decimal logarithm a plain one is decimal too.
+        candidate, gold = (re.sub(r"\\log\s*_(?:\{10\}|10)", r"\\log", text) for text in (candidate, gold))
     if _INTEGER.fullmatch(candidate) and _INTEGER.fullmatch(gold):
         # As text: int() of thousands of digits is slow and refused.
         return _plain_integer(candidate) == _plain_integer(gold)

@@ -103,7 +103,7 @@ def _stated(text: str, kind: str) -> str | None:
     if kind == "choice":
         letter = _CHOICE_LETTER.search(sentence) or re.search(r"()\b([a-j])\)", sentence)
         if letter is not None:
-            return next(group for group in letter.groups() if group)
+            return next(group for group in letter.groups() if group).upper()
         single = re.match(r"([A-Ja-j])\b", sentence)
         return single.group(1).upper() if single else sentence
     if kind in ("verdict", "words"):
@@ -158,7 +158,7 @@ def _last_statement(response: str, kind: str) -> str | None:
     if not text:
         return None
     if kind in ("choice", "verdict", "words") and len(text.split()) <= 4 and "\n" not in text:
-        return text
+        return _tail_words(text) if kind == "words" else text
     last_line = text.rpartition("\n")[2].strip()
     if kind == "choice":
         found = _last_match(_CHOICE_LETTER, last_line)

@@ -101,7 +101,7 @@ _RELATION = re.compile(r"\\(?:le|ge|ne|in|approx|equiv|subset|subseteq)(?![A-Za-
 _INEQUALITIES = {r"\le": "<=", r"\ge": ">=", "<=": "<=", ">=": ">=", "<": "<", ">": ">"}
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _MATRIX = re.compile(
-    r"^[\[(]?\s*\\begin\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(.*)"
+    r"^([^\[(\\]*|-?\\frac\s*\{[^{}]*\}\s*\{[^{}]*\})\s*[\[(]?\s*\\begin\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(.*)"
     r"\\end\{(?:[pbB]?matrix|smallmatrix|array)\}\s*[\])]?$",
     re.DOTALL,
 )
@@ -120,6 +120,8 @@ _SCALED = re.compile(
 _CURRENCY = re.compile(r"^([+-]?)\s*(\\\$|€|£|¥|\\text\{(?:USD|EUR)\}|USD|US\\\$|Rs\.?)\s*(?=[\d.+-])")
 _CURRENCY_UNITS = {"€": "euro", "£": "pound sterling", "¥": "yen", "Rs": "rupee", "Rs.": "rupee"}
 _PERCENT = re.compile(r"\s*(?:\\%|\\text\{\s*(?:\\?%|percent|per cent)\s*\}|\bpercent|\bper cent)$")
+_COMPOUND_PART = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)")
+_COMPOUND = re.compile(r"\d+(?:\.\d+)?\s*[A-Za-z]{2,}(?:(?:\s|,|\band\b)*\d+(?:\.\d+)?\s*[A-Za-z]{2,})+")
 _CIRC = re.compile(r"\s*\^\{\\circ\}\s*(?:\\text\{\s*([CFK])\s*\}|([CFK]))?$")
 _TEXT_UNIT = re.compile(r"\\text\{([^{}]*)\}")
 _WORD_TEXT = re.compile(r"[A-Za-z][A-Za-z'\"&.() -]*")
@@ -141,8 +143,13 @@ def parse_form(text: str, *, loose_units: bool = False, depth: int = 0) -> Form:
         return parse_form(normalise(part), loose_units=loose_units, depth=depth + 1)
 
     if match := _MATRIX.match(text):
-        rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", match.group(1)) if row.strip()]
-        return Matrix(tuple(tuple(inner(cell) for cell in row.split("&")) for row in rows))
+        factor, body = match.groups()
+        factor = {"": "", "-": "-1"}.get(factor.strip(), factor.strip())
+        if not factor or _constant(factor) is not None:
+            cells = [row.split("&") for row in re.split(r"\\\\(?:\[[^\]]*\])?", body) if row.strip()]
+            if factor:
+                cells = [[f"({factor})*({cell})" for cell in row] for row in cells]
+            return Matrix(tuple(tuple(inner(cell) for cell in row) for row in cells))
     if _THOUSANDS.fullmatch(text):
         return _leaf(text.replace(",", ""), loose_units)
     if (region := _region(text, inner)) is not None:
@@ -383,6 +390,10 @@ def _constant(text: str) -> Expression | None:
 
 def _leaf(text: str, loose_units: bool) -> Leaf:
     unit, percent = None, False
+    if label := re.fullmatch(r"\\text\{[^{}]*\s[^{}]*\}\s*([-+]?[\d\\].*)", text):
+        text = label.group(1)  # words before the value
+    if (compound := _compound(text)) is not None:
+        return compound
     if match := _CURRENCY.match(text):
         sign, mark = match.groups()
         mark = mark.removeprefix(r"\text{").removesuffix("}")
@@ -414,6 +425,20 @@ def _leaf(text: str, loose_units: bool) -> Leaf:
         if not rest.strip():
             text = f"{number.replace(',', '')}*10^{_SCALES[scale]}"
     return Leaf(text, _expression(text), unit, percent)
+
+
+def _compound(text: str) -> Leaf | None:
+    """``1 hour 30 minutes``: a sum of values whose units are of one dimension, in the last unit."""
+    bare = " ".join(_TEXT_UNIT.sub(r" \1 ", text).split())
+    if not _COMPOUND.fullmatch(bare):
+        return None
+    parts = [(number, parse_unit(word)) for number, word in _COMPOUND_PART.findall(bare)]
+    units = [unit for _, unit in parts]
+    if not all(unit is not None and unit.known for unit in units) or len({u.dimension for u in units}) > 1:
+        return None
+    total = sum(float(number) * unit.size for number, unit in parts) / units[-1].size
+    value = format(total, ".12g")
+    return Leaf(value, _expression(value), units[-1])
 
 
 def _split_unit(text: str, loose_units: bool) -> tuple[str, Unit | None]:

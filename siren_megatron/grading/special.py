@@ -57,6 +57,7 @@ def compare(candidate: str, gold: str) -> bool | None:
             and min(minutes, other_minutes) < 780
         )
     if _RATIO.fullmatch(plain):
+        other = re.sub(r"\s*\bto\b\s*", ":", other)
         return _same_ratio(plain, other)
     if based := _BASED.fullmatch(plain):
         return _same_numeral(based, other)
