@@ -97,7 +97,7 @@ def agreement(rows: list[dict], verdicts: list[bool]) -> dict:
 
 
 def grade_with_math_verify(response: str, answer: str) -> float:
-    """math-verify as its documentation uses it; LaTeX extraction only, as a plain answer would be run as code."""
+    """math-verify as its documentation uses it, LaTeX only: plain answers would be run as code."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     gold = parse(f"${answer}$", [LatexExtractionConfig()], parsing_timeout=None)
@@ -181,7 +181,8 @@ def markdown(results: dict) -> str:
         ("without", results["without_hanging"]),
     ):
         lines.append(
-            f"| {label} | {row['pairs']} | {row['grading_s']:.1f} | {row['gradings_per_s']:.0f} | {row['timeouts']} |"
+            f"| {label} | {row['pairs']} | {row['grading_s']:.1f} | {row['gradings_per_s']:.0f} "
+            f"| {row['timeouts']} |"
         )
     lines += [
         f"| math-verify for every pair, none hanging | {alone['pairs']} "
