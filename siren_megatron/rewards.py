@@ -17,7 +17,7 @@ from types import ModuleType
 
 from siren_megatron import countdown
 from siren_megatron.grading import extract_final_answer, grade, same_answer
-from siren_megatron.grading.equivalence import same_by_math_verify
+from siren_megatron.grading.leaves import same_by_math_verify
 from siren_megatron.reward_pool import PendingReward, RewardPool, RewardResult
 
 __all__ = [

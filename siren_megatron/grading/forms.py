@@ -10,29 +10,11 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from siren_megatron.grading.expression import Expression, NotArithmetic, parse_expression
+from siren_megatron.grading.leaf import CURRENCY, TEXT, THOUSANDS, Leaf, constant, make_leaf, number_word
 from siren_megatron.grading.spelling import matching_bracket, normalise, split_top_level
-from siren_megatron.grading.units import Unit, lookup, parse_unit
 
 MAX_ITEMS = 200
 MAX_DEPTH = 6
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A number or an expression.
-
-    Args:
-        text: its spelling without unit and percent sign.
-        expression: the parsed text, None where the grammar has no place for it.
-        unit: what was read behind the number.
-        percent: whether a percent sign stood there.
-    """
-
-    text: str
-    expression: Expression | None
-    unit: Unit | None = None
-    percent: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,31 +81,11 @@ _UNION = re.compile(r"\\cup(?![A-Za-z])")
 _OR = re.compile(r"\s*(?:\\text\{\s*or\s*\}|(?<=\s)or(?=\s)|\\lor(?![A-Za-z])|\\vee(?![A-Za-z])|,)\s*")
 _RELATION = re.compile(r"\\(?:le|ge|ne|in|approx|equiv|subset|subseteq)(?![A-Za-z])|<=|>=|!=|:=|<|>|=")
 _INEQUALITIES = {r"\le": "<=", r"\ge": ">=", "<=": "<=", ">=": ">=", "<": "<", ">": ">"}
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _MATRIX = re.compile(
     r"^([^\[(\\]*|-?\\frac\s*\{[^{}]*\}\s*\{[^{}]*\})\s*[\[(]?\s*\\begin\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(.*)"
     r"\\end\{(?:[pbB]?matrix|smallmatrix|array)\}\s*[\])]?$",
     re.DOTALL,
 )
-_MIXED = re.compile(r"([+-]?)(\d+)\s+(\d+)\s*/\s*(\d+)")
-_NUMBER_WORDS = {
-    word: number
-    for number, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-        "sixteen seventeen eighteen nineteen twenty".split()
-    )
-} | {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SCALED = re.compile(
-    r"([+-]?[\d.,]*\d)\s*(?:\\text\{\s*)?(hundred|thousand|million|billion|trillion)\b\s*\}?(.*)"
-)
-_CURRENCY = re.compile(r"^([+-]?)\s*(\\\$|€|£|¥|\\text\{(?:USD|EUR)\}|USD|US\\\$|Rs\.?)\s*(?=[\d.+-])")
-_CURRENCY_UNITS = {"€": "euro", "£": "pound sterling", "¥": "yen", "Rs": "rupee", "Rs.": "rupee"}
-_PERCENT = re.compile(r"\s*(?:\\%|\\text\{\s*(?:\\?%|percent|per cent)\s*\}|\bpercent|\bper cent)$")
-_COMPOUND_PART = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)")
-_COMPOUND = re.compile(r"\d+(?:\.\d+)?\s*[A-Za-z]{2,}(?:(?:\s|,|\band\b)*\d+(?:\.\d+)?\s*[A-Za-z]{2,})+")
-_CIRC = re.compile(r"\s*\^\{\\circ\}\s*(?:\\text\{\s*([CFK])\s*\}|([CFK]))?$")
-_TEXT_UNIT = re.compile(r"\\text\{([^{}]*)\}")
 _WORD_TEXT = re.compile(r"[A-Za-z][A-Za-z'\"&.() -]*")
 _NAME = re.compile(r"\\?[A-Za-z]+(?:_(?:\{[^{}]*\}|\w))?(?:\([^()]{1,20}\))?(?:'|\^\{?\\prime\}?)*")
 
@@ -145,13 +107,13 @@ def parse_form(text: str, *, loose_units: bool = False, depth: int = 0) -> Form:
     if match := _MATRIX.match(text):
         factor, body = match.groups()
         factor = {"": "", "-": "-1"}.get(factor.strip(), factor.strip())
-        if not factor or _constant(factor) is not None:
+        if not factor or constant(factor) is not None:
             cells = [row.split("&") for row in re.split(r"\\\\(?:\[[^\]]*\])?", body) if row.strip()]
             if factor:
                 cells = [[f"({factor})*({cell})" for cell in row] for row in cells]
             return Matrix(tuple(tuple(inner(cell) for cell in row) for row in cells))
-    if _THOUSANDS.fullmatch(text):
-        return _leaf(text.replace(",", ""), loose_units)
+    if THOUSANDS.fullmatch(text):
+        return make_leaf(text.replace(",", ""), loose_units)
     if (region := _region(text, inner)) is not None:
         return region
     if "\\pm" in text and (both := _plus_minus(text)) is not None:
@@ -164,9 +126,9 @@ def parse_form(text: str, *, loose_units: bool = False, depth: int = 0) -> Form:
     if relation := _relation(text, inner):
         return relation
     if _is_words(text):
-        number = _number_word(text.lower())
-        return Words(text) if number is None else _leaf(str(number), loose_units)
-    return _leaf(text, loose_units)
+        number = number_word(text.lower())
+        return Words(text) if number is None else make_leaf(str(number), loose_units)
+    return make_leaf(text, loose_units)
 
 
 def _flatten(items: list[Form]) -> tuple[Form, ...]:
@@ -178,8 +140,8 @@ def _flatten(items: list[Form]) -> tuple[Form, ...]:
 
 
 def _is_currency(text: str) -> bool:
-    match = _CURRENCY.match(text)
-    return bool(match) and bool(_THOUSANDS.fullmatch(text[match.end() :]))
+    match = CURRENCY.match(text)
+    return bool(match) and bool(THOUSANDS.fullmatch(text[match.end() :]))
 
 
 def _plus_minus(text: str) -> tuple[str, str] | None:
@@ -349,7 +311,7 @@ def _relation(text: str, inner) -> Form | None:
 
 def _is_words(text: str) -> bool:
     if not _WORD_TEXT.fullmatch(text):
-        bare = _TEXT_UNIT.sub(r"\1", text)
+        bare = TEXT.sub(r"\1", text)
         return bare != text and bool(_WORD_TEXT.fullmatch(bare)) and len(bare.strip()) > 2
     words = re.findall(r"[A-Za-z]+", text)
     if len(words) == 1 and words[0] in ("sin", "cos", "tan", "log", "exp"):
@@ -357,137 +319,3 @@ def _is_words(text: str) -> bool:
     if re.search(r"[A-Za-z]\s*\(", text) and len(words) <= 2 and all(len(word) <= 3 for word in words):
         return False
     return any(len(word) >= 3 for word in words) and not text.startswith("sqrt")
-
-
-def _number_word(text: str) -> int | None:
-    total = 0
-    words = text.replace("-", " ").split()
-    if not words or len(words) > 4:
-        return None
-    for word in words:
-        if word in _NUMBER_WORDS:
-            total += _NUMBER_WORDS[word]
-        elif word in _SCALES and total:
-            total *= 10 ** _SCALES[word]
-        elif word in _SCALES and len(words) == 1:
-            return None
-        else:
-            return None
-    return total
-
-
-def _expression(text: str) -> Expression | None:
-    try:
-        return parse_expression(_TEXT_UNIT.sub(r"\1", text) if r"\text" in text else text)
-    except NotArithmetic:
-        return None
-
-
-def _constant(text: str) -> Expression | None:
-    expression = _expression(text)
-    return expression if expression is not None and expression.is_constant else None
-
-
-def _leaf(text: str, loose_units: bool) -> Leaf:
-    unit, percent = None, False
-    if label := re.fullmatch(r"\\text\{[^{}]*\s[^{}]*\}\s*([-+]?[\d\\].*)", text):
-        text = label.group(1)  # words before the value
-    if (compound := _compound(text)) is not None:
-        return compound
-    if match := _CURRENCY.match(text):
-        sign, mark = match.groups()
-        mark = mark.removeprefix(r"\text{").removesuffix("}")
-        unit = (
-            Unit(1.0, (("money", 1),), "dollars")
-            if mark not in _CURRENCY_UNITS
-            else Unit(words=_CURRENCY_UNITS[mark], known=False)
-        )
-        text = sign + text[match.end() :]
-    if match := _PERCENT.search(text):
-        text, percent = text[: match.start()], True
-    elif (match := _CIRC.search(text)) and not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
-        scale = match.group(1) or match.group(2)
-        unit = Unit(words=f"degrees {scale}", known=False) if scale else parse_unit("degrees")
-        text = text[: match.start()]
-    else:
-        text, found = _split_unit(text, loose_units)
-        unit = found or unit
-    text = text.strip()
-    if match := _MIXED.fullmatch(text):
-        sign, whole, over, under = match.groups()
-        text = f"{sign}({whole}+{over}/{under})"
-    elif match := re.fullmatch(r"-\s*(\d+)\s*(\\frac\s*\{\d+\}\s*\{\d+\})", text):
-        text = f"-({match[1]}+{match[2]})"
-    if _THOUSANDS.fullmatch(text):
-        text = text.replace(",", "")
-    if match := _SCALED.fullmatch(text):
-        number, scale, rest = match.groups()
-        if not rest.strip():
-            text = f"{number.replace(',', '')}*10^{_SCALES[scale]}"
-    return Leaf(text, _expression(text), unit, percent)
-
-
-def _compound(text: str) -> Leaf | None:
-    """``1 hour 30 minutes``: a sum of values whose units are of one dimension, in the last unit."""
-    bare = " ".join(_TEXT_UNIT.sub(r" \1 ", text).split())
-    if not _COMPOUND.fullmatch(bare):
-        return None
-    parts = [(number, parse_unit(word)) for number, word in _COMPOUND_PART.findall(bare)]
-    units = [unit for _, unit in parts]
-    if not all(unit is not None and unit.known for unit in units) or len({u.dimension for u in units}) > 1:
-        return None
-    total = sum(float(number) * unit.size for number, unit in parts) / units[-1].size
-    value = format(total, ".12g")
-    return Leaf(value, _expression(value), units[-1])
-
-
-def _split_unit(text: str, loose_units: bool) -> tuple[str, Unit | None]:
-    """(value, unit) where a constant is followed by something that can be a unit."""
-    # \frac{\text{m}}{\text{s}^2} is m/s^2.
-    tail = re.sub(r"\\frac\s*\{\s*(\\text\{[^{}]*\}(?:\^\{?\d\}?)?)\s*\}\s*\{\s*(.*)\}$", r"\1/\2", text)
-    start = tail.find(r"\text{")
-    if start > 0:
-        value, spelled = tail[:start].strip(), _TEXT_UNIT.sub(r" \1 ", tail[start:])
-        unit = parse_unit(re.sub(r"[{}]", "", spelled))
-        if unit is not None:
-            scaled = re.match(r"\s*(hundred|thousand|million|billion|trillion)\b\s*(.*)", spelled)
-            if scaled:
-                return f"{value} {scaled[1]}", parse_unit(scaled[2]) if scaled[2] else None
-            if _constant(_plain_number(value)) is not None:
-                return value, unit
-    if match := re.fullmatch(
-        r"(.*?[\d)}\]i])(?:\s*-\s*|\s*)((?<![A-Za-z])[A-Za-z\\][A-Za-z/ ^{}\d*.\\-]*)", text
-    ):
-        value, spelled = match.groups()
-        if re.match(r"(hundred|thousand|million|billion|trillion)\b", spelled):
-            scale, _, rest = spelled.partition(" ")
-            return f"{value} {scale}", parse_unit(rest) if rest else None
-        apart = text[len(value)].isspace()
-        unit = parse_unit(spelled)
-        words = re.findall(r"[A-Za-z]+", spelled)
-        plausible = unit is not None and (
-            (unit.known and (len(words[0]) > 1 or loose_units))
-            or (
-                apart
-                and all(len(word) > 2 or word in ("of", "in", "cm") for word in words)
-                and "\\" not in spelled
-            )
-        )
-        if plausible and _constant(_plain_number(value)) is not None:
-            return value, unit
-    # 36\pi cubic inches
-    if match := re.fullmatch(r"(.*\\pi)\s+([A-Za-z][A-Za-z /^{}\d.]*)", text):
-        unit = parse_unit(match[2])
-        if unit is not None and unit.known and _constant(match[1]) is not None:
-            return match[1], unit
-    words = text.split()
-    if len(words) == 2 and words[0].lower() in _NUMBER_WORDS and lookup(words[1]):
-        return str(_NUMBER_WORDS[words[0].lower()]), parse_unit(words[1])
-    return text, None
-
-
-def _plain_number(text: str) -> str:
-    text = text.strip()
-    if match := _MIXED.fullmatch(text):
-        return "({1}+{2}/{3})".format(*match.groups())
-    return text.replace(",", "") if _THOUSANDS.fullmatch(text) else text

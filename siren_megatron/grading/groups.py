@@ -6,7 +6,8 @@ from collections.abc import Collection
 from itertools import combinations
 
 from siren_megatron.grading.expression import NotArithmetic
-from siren_megatron.grading.forms import Leaf, parse_form
+from siren_megatron.grading.forms import parse_form
+from siren_megatron.grading.leaf import Leaf
 from siren_megatron.grading.spelling import normalise
 
 MAX_COMPARED = 64

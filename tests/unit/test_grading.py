@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from siren_megatron.grading import equivalent, extract_final_answer, grade, kind_of, same_answer
-from siren_megatron.grading.equivalence import same_by_math_verify
 from siren_megatron.grading.expression import NotArithmetic, parse_expression
+from siren_megatron.grading.leaves import same_by_math_verify
 from siren_megatron.grading.time_limit import OutOfTime, cpu_time_limit
 from siren_megatron.rewards import math_reward
 
