@@ -73,15 +73,10 @@ def respellings(gold):
         yield "dfrac", plain.replace(r"\frac", r"\dfrac")
     if match := re.fullmatch(r"(-?)\\frac\{(\w+)\}\{(\w+)\}", plain):
         yield "slash", f"{match[1]}{match[2]}/{match[3]}"
-    if match := re.fullmatch(r"-?\\frac\{(\d+)\}\{(\d+)\}", plain):
-        yield (
-            "cancelled",
-            plain.replace(match[1], str(6 * int(match[1])), 1).replace(
-                "{" + match[2] + "}", "{" + str(6 * int(match[2])) + "}"
-            ),
-        )
+    if match := re.fullmatch(r"(-?)\\frac\{(\d+)\}\{(\d+)\}", plain):
+        yield "not cancelled", rf"{match[1]}\frac{{{6 * int(match[2])}}}{{{6 * int(match[3])}}}"
     if r"\sqrt{" in plain:
-        yield "root", re.sub(r"\\sqrt\{(\w+)\}", r"\1^{\\frac{1}{2}}", plain)
+        yield "root", re.sub(r"\\sqrt\{(\w+)\}", r"(\1)^{\\frac{1}{2}}", plain)
     items = plain.split(",")
     if len(items) > 1 and not re.search(r"[(\[{]", plain) and r"\q" not in plain:
         yield "order", ", ".join(reversed(items))
