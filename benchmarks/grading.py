@@ -97,13 +97,11 @@ def agreement(rows: list[dict], verdicts: list[bool]) -> dict:
 
 
 def grade_with_math_verify(response: str, answer: str) -> float:
-    """math-verify as its documentation uses it, LaTeX only: plain answers would be run as code."""
-    from math_verify import LatexExtractionConfig, parse, verify
+    """math-verify as its documentation uses it. Its parser of plain text evaluates code: tables only."""
+    from math_verify import parse, verify
 
-    gold = parse(f"${answer}$", [LatexExtractionConfig()], parsing_timeout=None)
-    return float(
-        verify(gold, parse(response, [LatexExtractionConfig()], parsing_timeout=None), timeout_seconds=None)
-    )
+    gold = parse(f"${answer}$", parsing_timeout=None)
+    return float(verify(gold, parse(response, parsing_timeout=None), timeout_seconds=None))
 
 
 def main() -> None:

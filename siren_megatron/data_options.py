@@ -45,7 +45,7 @@ class DataOptions:
         None, "tokenizer directory or SentencePiece .model file; default: --hf-checkpoint's own", type=Path
     )
     reward: str | None = option(
-        None, "reward function; default: math", choices=("countdown", "exact", "math")
+        None, "reward function; default: math", choices=("countdown", "exact", "math", "rewrite")
     )
     reward_function: str | None = option(
         None, "own reward instead, path.py:name, called as name(response, answer) -> float"

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from siren_megatron import countdown
+from siren_megatron import countdown, rewrite
 from siren_megatron.grading import extract_final_answer, grade, same_answer
 from siren_megatron.grading.leaves import same_by_math_verify
 from siren_megatron.reward_pool import PendingReward, RewardPool, RewardResult
@@ -31,6 +31,7 @@ __all__ = [
     "extract_final_answer",
     "math_reward",
     "resolve_reward",
+    "rewrite_reward",
 ]
 
 RewardFunction = Callable[[str, str], float]
@@ -43,6 +44,15 @@ def countdown_reward(response: str, answer: str) -> float:
         ValueError: ``answer`` is not a Countdown instance.
     """
     return float(countdown.verify(response, countdown.parse_instance(answer)))
+
+
+def rewrite_reward(response: str, answer: str) -> float:
+    """1 when the response solves the rewriting instance whose prompt is ``answer``, else 0.
+
+    Raises:
+        ValueError: ``answer`` is not a rewriting instance.
+    """
+    return float(rewrite.verify(response, rewrite.parse_instance(answer)))
 
 
 def exact_reward(response: str, answer: str) -> float:
@@ -64,6 +74,7 @@ REWARDS: dict[str, RewardFunction] = {
     "countdown": countdown_reward,
     "exact": exact_reward,
     "math": math_reward,
+    "rewrite": rewrite_reward,
 }
 
 
@@ -71,7 +82,7 @@ def resolve_reward(name: str, *, flag: str | None = None) -> RewardFunction:
     """The reward of a name in REWARDS, or one's own: ``package.module:function`` or ``path.py:function``.
 
     Args:
-        name: one of the three; a module or file is imported.
+        name: a key of REWARDS; a module or file is imported.
         flag: the option that named it, for the messages; None takes ``--reward-function`` for a file and
             ``--reward`` for the others.
 

@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-REWARD_NAMES = ("countdown", "exact", "math")
+REWARD_NAMES = ("countdown", "exact", "math", "rewrite")
 
 
 def main(argv: list[str] | None = None) -> int:
