@@ -26,7 +26,7 @@ sys.path.insert(0, str(REPOSITORY))
 from siren_megatron.evaluation_report import write_text  # noqa: E402
 from siren_megatron.rewards import RewardPool  # noqa: E402
 
-TABLES = ("grading", "grading_held_out", "grading_held_out_2")
+TABLES = ("grading", "grading_held_out", "grading_held_out_2", "grading_held_out_3")
 HANGING = (
     r"\boxed{9^{9^{9^{9^{9^9}}}}}",
     r"\boxed{\int_0^1 \int_0^1 \int_0^1 e^{xyz\sin(xyz)} dx dy dz}",

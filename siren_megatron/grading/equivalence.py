@@ -3,7 +3,8 @@
 The rules, where people could differ:
 
 - Numbers are equal exactly. A decimal gold answer of at least three significant digits also takes a more
-  precise value that rounds to it (2.68 takes 2.677; 0.33 takes 1/3, an unrounded value); the reverse does not
+  precise value that rounds to it (2.68 takes 2.677), one of two digits an unrounded value within one percent
+  that rounds to it (0.33 takes 1/3, 3.5 does not take 2*sqrt(3)); the reverse does not
   hold: 1/3 does not take 0.33, but a decimal of six digits or more that rounds right.
 - A unit that only one side names is passed over; units that both name must agree, after conversion.
 - 50% is 50 or 0.5; a plain gold above 1 takes the same number with a percent sign.
@@ -273,7 +274,8 @@ def _same_relations(gold: Form, other: Form, strict: bool) -> bool | None:
 
 
 def _left_name(relation: Relation) -> str | None:
-    left = relation.parts[0].replace(" ", "")
+    """What is defined; a function of x as f(x) is y."""
+    left = re.sub(r"^[fgh]\(x\)$", "y", relation.parts[0].replace(" ", ""))
     return left if relation.operator in ("=", "approx") and _IDENTIFIER.fullmatch(relation.parts[0]) else None
 
 

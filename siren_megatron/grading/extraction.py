@@ -157,12 +157,12 @@ def _last_statement(response: str, kind: str) -> str | None:
     text = response[-MAX_SEARCHED_CHARS:].strip()
     if not text:
         return None
-    if kind in ("choice", "verdict", "words") and len(text.split()) <= 4 and "\n" not in text:
+    if kind in ("verdict", "words") and len(text.split()) <= 4 and "\n" not in text:
         return _tail_words(text) if kind == "words" else text
     last_line = text.rpartition("\n")[2].strip()
     if kind == "choice":
         found = _last_match(_CHOICE_LETTER, last_line)
-        return next(group for group in found.groups() if group) if found else None
+        return next(group for group in found.groups() if group) if found else text if len(text) <= 4 else None
     if kind == "verdict":
         found = re.match(r"\W*(yes|no|true|false)\b", last_line, re.IGNORECASE) or _last_match(
             _YES_NO, last_line

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
+from siren_megatron.grading.expression import NotArithmetic
 from siren_megatron.grading.leaf import CURRENCY, TEXT, THOUSANDS, Leaf, constant, make_leaf, number_word
 from siren_megatron.grading.spelling import matching_bracket, normalise, split_top_level
 
@@ -76,6 +77,9 @@ _LIST_SEPARATOR = re.compile(
     r"\s*(?:[,;]\s*(?:\\text\{\s*(?:and|or)\s*,?\s*\}|(?:and|or)(?![A-Za-z]))?"
     r"|\\text\{\s*,?\s*(?:and|or|,)\s*\}|(?<=[\s)}\]])(?:and|or)(?=[\s({\[\\])|\\(?:lor|vee|land|wedge)(?![A-Za-z])"
     r"|&)\s*"
+)
+_REMOVED = re.compile(
+    r"(?:\\?[A-Za-z]\s*\\ne\s*(?![^,]*\\ne)(.+)|(?:\\?[A-Za-z]\s*\\in\s*)?\\?R\s*(?:\\setminus|\\backslash|-)\s*(\\\{.+\\\}))"
 )
 _UNION = re.compile(r"\\cup(?![A-Za-z])")
 _OR = re.compile(r"\s*(?:\\text\{\s*or\s*\}|(?<=\s)or(?=\s)|\\lor(?![A-Za-z])|\\vee(?![A-Za-z])|,)\s*")
@@ -193,6 +197,9 @@ def _region(text: str, inner) -> Region | None:
             else:
                 return None
         return Region(tuple(intervals))
+    if removed := _REMOVED.fullmatch(text):
+        # x \ne 1, and all numbers without some.
+        return _without_points(removed.group(1) or removed.group(2), inner)
     if not any(sign in text for sign in ("<", ">", r"\le", r"\ge")):
         return None
     intervals = []
@@ -206,6 +213,22 @@ def _region(text: str, inner) -> Region | None:
     if len(variables) != 1:
         return None
     return Region(tuple(intervals), variables.pop())
+
+
+def _without_points(text: str, inner) -> Region | None:
+    """The real line without the points of a list."""
+    form = inner(text)
+    points = form.items if isinstance(form, Collection) else (form,)
+    try:
+        values = [complex(point.expression.at({})) for point in points]
+    except (AttributeError, KeyError, NotArithmetic):
+        return None
+    ends = [
+        None,
+        *(point for _, point in sorted(zip(values, points, strict=True), key=lambda p: p[0].real)),
+        None,
+    ]
+    return Region(tuple(Interval(low, high, False, False) for low, high in zip(ends, ends[1:], strict=False)))
 
 
 def _inequality(text: str, inner) -> tuple[Interval, str] | None:

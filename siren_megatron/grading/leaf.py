@@ -50,8 +50,10 @@ TEXT = re.compile(r"\\text\{([^{}]*)\}")
 
 def number_word(text: str) -> int | None:
     """The number that words spell (twenty-five, two hundred); None for other words."""
-    total = 0
+    total, sign = 0, 1
     words = text.replace("-", " ").split()
+    if words and words[0] in ("negative", "minus"):
+        sign, words = -1, words[1:]
     if not words or len(words) > 4:
         return None
     for word in words:
@@ -63,7 +65,7 @@ def number_word(text: str) -> int | None:
             return None
         else:
             return None
-    return total
+    return sign * total
 
 
 def _expression(text: str) -> Expression | None:

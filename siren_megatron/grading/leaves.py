@@ -123,7 +123,9 @@ def _same_numbers(gold: Leaf, ours: Value, other: Leaf, theirs: Value, strict: b
         digits, step = our_decimal
         their_digits = math.inf if not _terminates(theirs) else their_decimal[0] if their_decimal else 0
         enough = digits + 1 if digits >= 3 else digits + 2
-        return digits >= 2 and their_digits >= enough and distance <= 0.5 * step * (1 + 1e-9)
+        # Half a unit of two digits can be 5%: within one percent then.
+        near = digits >= 3 or distance <= 0.01 * abs(float(theirs)) * (1 + 1e-9)
+        return digits >= 2 and near and their_digits >= enough and distance <= 0.5 * step * (1 + 1e-9)
     if their_decimal is not None and not _terminates(ours):
         digits, step = their_decimal
         return digits >= 6 and distance <= 0.5 * step * (1 + 1e-9)

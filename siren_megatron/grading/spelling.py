@@ -100,10 +100,11 @@ _SPACING = re.compile(
 _STYLE = re.compile(r"\\(?:mathbf|boldsymbol|bm|mathcal|mathbb|pmb|underline|ensuremath)\s*\{([^{}]*)\}")
 _TEXT = re.compile(r"\\text\s*\{\s*([^{}]*?)\s*\}")
 _FUNCTION_NAMES = re.compile(
-    r"\\text\{(sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|exp|lg|max|min|gcd|lcm|e|i|d)\}"
+    r"\\text\{(sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|exp|lg|gcd|lcm|e|i|d)\}"
 )
 _OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
 _BARE_SQRT = re.compile(r"\\sqrt\s*(\d+|[A-Za-z])")
+_REPEATING = re.compile(r"(?<![\d.])(\d{1,9})\.(\d{0,9})\\(?:overline|bar)\s*\{(\d{1,9})\}")
 _CHOOSE = re.compile(r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}")
 _NUMPY = re.compile(r"\b(?:np|numpy|math)\.([a-z]+)")
 _CIRC = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z])|\{\s*\\degree\s*\})|\\degree(?![A-Za-z])")
@@ -111,6 +112,13 @@ _THOUSANDS_SPACE = re.compile(r"(?<![\d.])(\d{1,3})((?: \d{3})+)(?![\d])")
 _EXPONENT_MARK = re.compile(
     r"(?<=\d)\s*(?:\\times|\\cdot|\*|[xX](?=\s*10\s*\^))\s*10\s*\^\s*(?:\{\s*([+-]?\d+)\s*\}|\(\s*([+-]?\d+)\s*\)|([+-]?\d+))"
 )
+
+
+def _repeating(match: re.Match[str]) -> str:
+    """0.1666... with a bar over the 6 as the fraction it is."""
+    whole, fixed, period = match.groups()
+    numerator = int(whole + fixed + period) - int(whole + fixed or "0")
+    return rf"\frac{{{numerator}}}{{{'9' * len(period)}{'0' * len(fixed)}}}"
 
 
 @lru_cache(maxsize=16384)
@@ -145,6 +153,7 @@ def normalise(text: str) -> str:
     for _ in range(3):
         text = _OVER.sub(r"\\frac{\1}{\2}", text)
         text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
+    text = _REPEATING.sub(_repeating, text)
     text = _BARE_SQRT.sub(r"\\sqrt{\1}", text)
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = _CIRC.sub(r"^{\\circ}", text)
