@@ -79,6 +79,10 @@ WRONG = [
     (["--prompt-template", "{prompt}", "--prompt-system", "s"], "--prompt-template and --prompt-system"),
     (["--reward", "math", "--reward-function", "r.py:f"], "--reward math and --reward-function r.py:f"),
     (["--reward-function", "no-such.py:f"], "--reward-function no-such.py:f: No such file"),
+    (["--eval-interval", "5"], "--eval-interval needs --eval-data"),
+    (["--eval-data", "no-such-file", "--eval-interval", "5"], "--eval-data no-such-file: No such file"),
+    (["--eval-data", "no-such-file"], "--eval-data needs --eval-interval or --eval-at-start"),
+    (["--eval-top-p", "0"], "--eval-top-p must be greater than 0, got 0.0"),
     (["--tokenizer", "no-such.model"], "--tokenizer no-such.model: no such directory or file"),
 ]  # fmt: skip
 
