@@ -110,10 +110,10 @@ class Plan:
         rows = [f"{'memory, GiB a GPU':28}" + "".join(f"{name:>12}" for name in names)]
         for who, memory in self.memory:
             rows.append(f"  {who:26}" + "".join(f"{getattr(memory, n) / GIB:12.1f}" for n in names))
-        limit = self.config.train.seq_length
+        limit, cache = self.config.train.seq_length, self.kv_cache_tokens
         rows.append(
-            f"  each GPU has {self.cluster.gpu.memory_gib:.1f} GiB; KV cache: "
-            f"{self.kv_cache_tokens:,.0f} tokens, {self.kv_cache_tokens / limit:,.0f} sequences of --seq-length {limit:,}"
+            f"  each GPU has {self.cluster.gpu.memory_gib:.1f} GiB; KV cache: {cache:,.0f} tokens, "
+            f"{cache / limit:,.0f} sequences of --seq-length {limit:,}"
         )
         return rows
 
@@ -322,8 +322,8 @@ def _memory(
     if kv_tokens < train.seq_length:
         refusals.append(
             f"vLLM has {share / GIB:.1f} GiB on each of {count} GPU(s), {weights / GIB:.1f} of them "
-            f"weights: no room for the keys and values of one sequence of {train.seq_length} tokens; raise ROLLOUT_GPUS"
-            + ("" if devices else " or --rollout-gpu-memory-utilization")
+            f"weights: no room for the keys and values of one sequence of {train.seq_length} tokens; "
+            "raise ROLLOUT_GPUS" + ("" if devices else " or --rollout-gpu-memory-utilization")
         )
     return rows, kv_tokens, refusals
 

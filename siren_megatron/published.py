@@ -278,7 +278,8 @@ def comparison_text() -> str:
     for figure in FIGURES:
         lines.append(
             f"{figure.system}, {figure.model}: published {figure.value:,g}, "
-            f"estimated {figure.estimate():,.0f} {figure.unit}; estimated speed / published {speed_ratio(figure):.2f}"
+            f"estimated {figure.estimate():,.0f} {figure.unit}; "
+            f"estimated speed / published {speed_ratio(figure):.2f}"
         )
         lines.append(f"    {figure.conditions}; guessed: {figure.guessed}")
         lines.append(f"    {figure.source}")
