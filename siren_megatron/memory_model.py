@@ -115,23 +115,35 @@ def state_bytes(
     return number * (2 if bf16 else 4), number * GRADIENT_BYTES, optimizer
 
 
-def layer_activation_bytes(architecture: Architecture, parallel: ParallelOptions, *, bf16: bool) -> float:
-    """Bytes a token of this context rank that one layer keeps for its backward pass, no recomputation.
+def layer_activation_bytes(
+    architecture: Architecture,
+    parallel: ParallelOptions,
+    *,
+    bf16: bool,
+    packed: bool,
+    fused_norm: bool = True,
+) -> float:
+    """Bytes a token of this context rank that one layer keeps for its backward pass, no full recomputation.
 
     The norms compute in float32 and keep that copy of their input. Rotated queries and keys stand beside the
     projection's output, whose values attention reads; the gate, its activation and the product are kept.
+
+    Args:
+        packed: attention's output is put together from that of the packed sequences, and so held twice.
+        fused_norm: as on CUDA; torch's formula on CPUs keeps the normalised input as well.
     """
     tp, element = parallel.tensor_model_parallel_size, 2 if bf16 else 4
     split = tp if parallel.sequence_parallel else 1
-    norms = 2 * (4 + element) * architecture.hidden / split
+    norm = 4 if fused_norm else 8
+    norms = 2 * (norm + element) * architecture.hidden / split
     queries, keys = architecture.queries / tp, architecture.keys / tp
-    projected, rotated, context = queries + 2 * keys, queries + keys, 2 * queries
+    projected, rotated, context = queries + 2 * keys, queries + keys, queries * (2 if packed else 1)
     if parallel.recompute_granularity == "selective":
         # Attention's own output is made again; its inputs and what the next matrix reads stay.
         context = queries
-    attention = element * (projected + rotated + context)
+    attention = element * (projected + rotated + context) + 4 * architecture.heads / tp
     if architecture.qk_norm:
-        attention += 4 * (queries + keys)
+        attention += norm * (queries + keys)
     if architecture.experts:
         # Rows are copied to their experts, and back: two more tensors of the hidden size a choice.
         width = architecture.experts_per_token * architecture.expert_ffn / parallel.expert_tensor_size
@@ -150,6 +162,7 @@ def activation_bytes(
     tokens: int,
     micro_batches: int,
     bf16: bool,
+    packed: bool,
 ) -> float:
     """Bytes that a rank of stage `stage` holds at the schedule's peak.
 
@@ -158,7 +171,7 @@ def activation_bytes(
     pp, element = parallel.pipeline_model_parallel_size, 2 if bf16 else 4
     layers = architecture.layers // pp
     tokens_here = tokens / parallel.context_parallel_size
-    each = layer_activation_bytes(architecture, parallel, bf16=bf16)
+    each = layer_activation_bytes(architecture, parallel, bf16=bf16, packed=packed)
     under_way: float = min(pp - stage, micro_batches)
     if parallel.virtual_stages:
         # Interleaved 1F1B keeps a share (pp - 1)/(pp·v) more (Narayanan et al. 2021, section 2.2).

@@ -299,6 +299,7 @@ def _memory(
                 tokens=tokens,
                 micro_batches=work.micro_batches,
                 bf16=bf16,
+                packed=bool(train.max_tokens_per_microbatch),
             ),
             logits=logit_bytes(architecture, parallel, tokens=tokens, bf16=bf16)
             if stage == stages - 1

@@ -91,7 +91,13 @@ def _row(
     for stage in {0, pp - 1}:
         needed = sum(state_bytes(architecture, parallel, stage=stage, world_size=used, bf16=True))
         needed += activation_bytes(
-            architecture, parallel, stage=stage, tokens=TOKENS, micro_batches=micro_batches, bf16=True
+            architecture,
+            parallel,
+            stage=stage,
+            tokens=TOKENS,
+            micro_batches=micro_batches,
+            bf16=True,
+            packed=True,
         )
         if stage == pp - 1:
             needed += logit_bytes(architecture, parallel, tokens=TOKENS, bf16=True)

@@ -109,7 +109,7 @@ def test_bash_submits_itself_and_trains_with_a_layer_cut_over_two_nodes(cluster,
 
 
 def test_a_killed_step_is_requeued_and_the_run_resumes(cluster, toy_checkpoint, tmp_path):
-    """Called as `sbatch SCRIPT` this time, two data-parallel ranks; the second node's processes are killed."""
+    """Called as `sbatch SCRIPT` this time, two data-parallel ranks; one node's processes are killed."""
     run, log = tmp_path / "run", tmp_path / "job.out"
     command = ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=0", "--output", str(log), str(SCRIPT)]
     done = cluster.run(*command, *TOY, **variables(toy_checkpoint, run, TP=1, NUM_STEPS=4))
