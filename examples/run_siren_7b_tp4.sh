@@ -243,7 +243,10 @@ if [ "$SLURM_NODEID" -eq 0 ]; then
     ranks=$first_ranks tee=(--role rank --tee 0:3)
 fi
 mkdir -p "$logs/node$SLURM_NODEID"
-"$PYTHON" -m torch.distributed.run --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
+# Where it is there, torchrun with exit codes and signals put right.
+launcher=torch.distributed.run
+[ ! -f siren_megatron/launch.py ] || launcher=siren_megatron.launch
+"$PYTHON" -m "$launcher" --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
     --nproc-per-node "$ranks" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
     --log-dir "$logs/node$SLURM_NODEID" --redirects 3 "${tee[@]}" "$@" &
 agent=$!
