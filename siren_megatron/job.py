@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ from siren_megatron.checkpoint import load_checkpoint, save_checkpoint
 from siren_megatron.config import Config, read_hf_config
 from siren_megatron.dynamic_sampling import refill
 from siren_megatron.metrics import MetricsLogger, StageTimer
-from siren_megatron.placement import parse_devices, server_environment
+from siren_megatron.placement import server_devices
 from siren_megatron.platform import Platform, init_process_group
 from siren_megatron.prompts import Prompt, load_data_tokenizer, load_dataset, make_cursor
 from siren_megatron.rewards import RewardPool
@@ -132,18 +131,12 @@ class Job:
             device="cpu" if on_cpu else "cuda",
             gpu_memory_utilization=config.rollout.rollout_gpu_memory_utilization,
             start_timeout_s=config.rollout.rollout_start_timeout,
-            **self._server_devices(),
+            **server_devices(
+                config.rollout.rollout_devices,
+                os.environ,
+                gpus=0 if on_cpu else torch.cuda.device_count(),
+            ),
         )
-
-    def _server_devices(self) -> dict[str, Any]:
-        """The server's GPUs and their number, with --rollout-devices."""
-        devices = self.config.rollout.rollout_devices
-        if devices is None:
-            return {}
-        gpus = torch.cuda.device_count() if self.platform.is_cuda else 0
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        environment = server_environment(devices, os.environ, local_ranks=local_ranks, gpus=gpus)
-        return {"extra_env": environment, "tensor_parallel_size": len(parse_devices(devices))}
 
     def _load_data(self) -> None:
         config = self.config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 
 def parse_devices(text: str) -> tuple[int, ...]:
@@ -20,21 +21,22 @@ def parse_devices(text: str) -> tuple[int, ...]:
     return devices
 
 
-def server_environment(
-    text: str, environment: Mapping[str, str], *, local_ranks: int, gpus: int
-) -> dict[str, str]:
-    """The server's CUDA_VISIBLE_DEVICES: the chosen GPUs among those that this process may use.
+def server_devices(text: str | None, environment: Mapping[str, str], *, gpus: int) -> dict[str, Any]:
+    """Fields of `ServerOptions` that give the server its GPUs; none where it shares the first rank's.
 
     Args:
         text: `--rollout-devices`; its numbers count as torch's do, from 0.
-        environment: of this process; its CUDA_VISIBLE_DEVICES is what SLURM allotted, where it set one.
-        local_ranks: trainer ranks on this node; they have the GPUs 0 to local_ranks - 1.
+        environment: of this rank; CUDA_VISIBLE_DEVICES is what SLURM allotted, where it set one, and
+            LOCAL_WORLD_SIZE how many ranks torchrun started here: they have the first GPUs.
         gpus: GPUs that torch sees.
 
     Raises:
         ValueError: there is no such GPU, or a trainer rank has it.
     """
+    if text is None:
+        return {}
     devices = parse_devices(text)
+    local_ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     for device in devices:
         if device >= gpus:
             raise ValueError(f"--rollout-devices {text}: there is no GPU {device}, {gpus} are visible")
@@ -45,4 +47,7 @@ def server_environment(
             )
     visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     names = [visible[device] if visible else str(device) for device in devices]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(names)}
+    return {
+        "extra_env": {"CUDA_VISIBLE_DEVICES": ",".join(names)},
+        "tensor_parallel_size": len(devices),
+    }

@@ -1,6 +1,6 @@
 """Seconds that a step takes on GPUs: compute, memory bandwidth, network, and the rollouts' lengths.
 
-An estimate for choosing a layout, not a promise. `ASSUMPTIONS` are its free constants; docs/slurm.md says where
+An estimate for choosing a layout, not a promise. `ASSUMPTIONS` are its constants; docs/slurm.md says where
 they come from and compares the outcome with published figures. Standard library only.
 
 Legend: tp, pp, cp, dp, ep as in `memory_model`; tokens = prompt and response of all responses of a step.

@@ -21,7 +21,7 @@ from siren_megatron.memory_model import (
     state_bytes,
     total_parameters,
 )
-from siren_megatron.placement import parse_devices, server_environment
+from siren_megatron.placement import parse_devices, server_devices
 from siren_megatron.plan import Cluster, Lengths, make_plan
 from siren_megatron.published import FIGURES, speed_ratio
 from siren_megatron.scale import best_layout
@@ -224,13 +224,15 @@ def test_devices_of_the_server():
     for text, message in (("4,4", "twice"), ("a", "no list"), ("", "no list"), ("-1", "no list")):
         with pytest.raises(ValueError, match=message):
             parse_devices(text)
-    chosen = server_environment("2,3", {"CUDA_VISIBLE_DEVICES": "0,1,6,7"}, local_ranks=2, gpus=4)
-    assert chosen == {"CUDA_VISIBLE_DEVICES": "6,7"}, "numbers count among the GPUs that SLURM allotted"
-    assert server_environment("2,3", {}, local_ranks=2, gpus=4) == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    two_ranks = {"LOCAL_WORLD_SIZE": "2"}
+    chosen = server_devices("2,3", {**two_ranks, "CUDA_VISIBLE_DEVICES": "0,1,6,7"}, gpus=4)
+    assert chosen == {"extra_env": {"CUDA_VISIBLE_DEVICES": "6,7"}, "tensor_parallel_size": 2}, "SLURM's own"
+    assert server_devices("3", two_ranks, gpus=4)["extra_env"] == {"CUDA_VISIBLE_DEVICES": "3"}
+    assert server_devices(None, two_ranks, gpus=4) == {}
     with pytest.raises(ValueError, match="there is no GPU 4"):
-        server_environment("4", {}, local_ranks=2, gpus=4)
+        server_devices("4", two_ranks, gpus=4)
     with pytest.raises(ValueError, match="GPU 1 is that of a trainer rank"):
-        server_environment("1", {}, local_ranks=2, gpus=4)
+        server_devices("1", two_ranks, gpus=4)
 
 
 def plan_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
