@@ -199,7 +199,9 @@ saved_step() {
 
 # How a run goes on: from its checkpoint; or anew, over what an attempt of this job left that saved nothing.
 resume_options() {
-    if [ -f "$train/checkpoints/latest" ]; then
+    if [ -n "$overwrite" ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
+        resume=(--overwrite)
+    elif [ -f "$train/checkpoints/latest" ]; then
         resume=(--load "$train")
     elif [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
         resume=(--overwrite)
@@ -225,7 +227,7 @@ submit() {
     # shellcheck disable=SC2086 # SBATCH_OPTIONS is several words
     job=$(sbatch --parsable --export=ALL "${machines[@]}" --time "$TIME_LIMIT" \
         --signal "B:USR1@$WARNING_SECONDS" --output "$RUN_DIR/logs/job-%j.out" $SBATCH_OPTIONS \
-        "examples/run_siren_7b_tp4.sh" "$@")
+        "examples/run_siren_7b_tp4.sh" ${overwrite:+--overwrite} "$@")
     printf 'submitted: job %s; its output: %s/logs/job-%s.out; the run: %s\n' \
         "${job%%;*}" "$RUN_DIR" "${job%%;*}" "$train"
 }
@@ -274,7 +276,8 @@ run_job() {
     logs=$RUN_DIR/logs/$attempt
     mkdir -p "$logs"
     local stop_file=$logs/stop-requested
-    started_at=$(saved_step)
+    started_at=0
+    [ "${resume[*]}" = --overwrite ] || started_at=$(saved_step)
     host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_ADDR=$(scontrol show node -o "$host" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
     : "${MASTER_ADDR:=$host}"
@@ -287,7 +290,7 @@ run_job() {
 
     local warned='' status=0 step
     # shellcheck disable=SC2086 # SRUN_OPTIONS is several words
-    srun --kill-on-bad-exit=1 --ntasks-per-node=1 --nodes="$SLURM_JOB_NUM_NODES" $SRUN_OPTIONS \
+    srun --kill-on-bad-exit=1 --cpu-bind=none --ntasks-per-node=1 --nodes="$SLURM_JOB_NUM_NODES" $SRUN_OPTIONS \
         bash -c "$node_main" node "$first_ranks" "$other_ranks" "$stop_file" "$logs" \
         pretrain_siren.py "${options[@]}" "${resume[@]}" &
     step=$!
@@ -316,9 +319,13 @@ finish() {
     fi
     printf 'attempt %s from %s to %s of %s status %s %s\n' \
         "$attempt" "$started_at" "$reached" "$total" "$status" "${warned:+warned}" >>"$history"
-    if [ "$status" -eq 0 ] && { [ -z "$warned" ] || [ "$reached" -ge "$total" ]; }; then
+    if [ "$status" -eq 0 ] && [ "$reached" -ge "$total" ]; then
         echo "done: step $reached of $total"
         exit 0
+    fi
+    if ! scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
+        echo "cancelled at step $reached of $total"
+        exit 1
     fi
     echo "the attempt ended with status $status at step $reached of $total (it began at $started_at)"
     if [ "$reached" -eq "$started_at" ] && [ "${fruitless:-0}" -eq 1 ]; then
@@ -326,14 +333,14 @@ finish() {
     fi
     [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_REQUEUES" ] || die "requeued MAX_REQUEUES $MAX_REQUEUES times" 1
     echo "requeued: the next attempt goes on from step $reached"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID" ||
+        die "SLURM does not requeue this job: submit it again, it goes on from step $reached" 1
     # SLURM ends this script now; should it not, the job must not count as done.
     sleep 60
     exit 1
 }
 
-dry_run=
-arguments=()
+dry_run='' overwrite='' resume=() arguments=()
 for argument in "$@"; do
     case "$argument" in
         -h | --help)
@@ -341,6 +348,7 @@ for argument in "$@"; do
             exit 0
             ;;
         --dry-run) dry_run=yes ;;
+        --overwrite) overwrite=yes ;; # of the first attempt only
         *) arguments+=("$argument") ;;
     esac
 done

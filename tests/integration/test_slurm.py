@@ -187,6 +187,16 @@ def test_a_warned_run_saves_and_goes_on_after_requeueing(cluster, toy_checkpoint
     check_whole_run(cluster, run, steps)
 
 
+def test_a_cancelled_job_is_not_requeued(cluster, toy_checkpoint, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "job.out"
+    job = submit_two_replicas(cluster, toy_checkpoint, run, log, NUM_STEPS=1000)
+    wait_until((run / "train" / "vllm.log").exists, 120, f"the run {output(cluster, job, log)}")
+    cluster.run("scancel", str(job))
+    wait_until(lambda: not cluster.run("squeue", "-h").stdout, 60, "the end of the job")
+    assert cluster.job(job)["JobState"] == "CANCELLED" and cluster.job(job)["Restarts"] == "0"
+    wait_until(lambda: not processes_mentioning(str(run)), 30, "every process of the run ended")
+
+
 def test_a_wrong_option_ends_the_job_before_it_takes_the_machines(cluster, toy_checkpoint, tmp_path):
     done = cluster.run(
         "bash",
