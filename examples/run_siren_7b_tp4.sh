@@ -323,8 +323,10 @@ finish() {
         echo "done: step $reached of $total"
         exit 0
     fi
-    if ! scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
-        echo "cancelled at step $reached of $total"
+    local state
+    state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
+    if [ "$state" != RUNNING ]; then
+        echo "stopped by SLURM ($state) at step $reached of $total"
         exit 1
     fi
     echo "the attempt ended with status $status at step $reached of $total (it began at $started_at)"
