@@ -20,7 +20,7 @@ from siren_megatron.memory_model import (
     total_parameters,
 )
 from siren_megatron.plan import RESERVE_GIB, VLLM_OVERHEAD_GIB
-from siren_megatron.time_model import StepTime, Workload, step_time
+from siren_megatron.time_model import ASSUMPTIONS, Assumptions, StepTime, Workload, step_time
 
 MODELS = ("qwen2.5-7b", "qwen2.5-14b", "qwen2.5-32b", "llama-3.1-70b", "llama-3.1-405b")
 GPU_COUNTS = (8, 32, 128, 512, 1024, 4096)
@@ -46,7 +46,9 @@ class Row:
         return self.responses * (PROMPT + RESPONSE) / self.time.total
 
 
-def best_layout(model: str, gpus: int, gpu: Gpu, *, gpus_per_node: int = 8) -> Row | None:
+def best_layout(
+    model: str, gpus: int, gpu: Gpu, *, gpus_per_node: int = 8, assumptions: Assumptions = ASSUMPTIONS
+) -> Row | None:
     """The fastest layout of `model` on `gpus` GPUs, by estimate; None where none fits."""
     architecture = Architecture.of(KNOWN_MODELS[model])
     factor = max(1, gpus // 512)
@@ -55,7 +57,9 @@ def best_layout(model: str, gpus: int, gpu: Gpu, *, gpus_per_node: int = 8) -> R
         for tp in (1, 2, 4, 8)
         for pp in (1, 2, 3, 4, 6, 7, 8, 9, 14, 18)
         for recompute in ("none", "full")
-        if (row := _row(model, architecture, gpus, gpu, gpus_per_node, tp, pp, recompute, factor))
+        if (
+            row := _row(model, architecture, gpus, gpu, gpus_per_node, tp, pp, recompute, factor, assumptions)
+        )
     ]
     return min(rows, key=lambda row: row.time.total, default=None)
 
@@ -70,6 +74,7 @@ def _row(
     pp: int,
     recompute: str,
     factor: int,
+    assumptions: Assumptions,
 ) -> Row | None:
     try:
         Layout(tp, pp).check(architecture)
@@ -128,6 +133,7 @@ def _row(
         server_gpus=server_gpus,
         kv_cache_tokens=kv_tokens,
         weight_sync_s=sync,
+        assumptions=assumptions,
     )
     return Row(model, gpus, parallel, responses, server_gpus, time)
 
@@ -145,7 +151,7 @@ def _server_gpus(architecture: Architecture, gpu: Gpu, gpus: int) -> tuple[int, 
     return None
 
 
-def scale_text(gpu: Gpu) -> str:
+def scale_text(gpu: Gpu, assumptions: Assumptions = ASSUMPTIONS) -> str:
     """The table for `MODELS` and `GPU_COUNTS`, as text."""
     head = (
         f"{'model':16}{'GPUs':>6}{'TP':>4}{'PP':>4}{'DP':>6}{'recompute':>11}{'vLLM TP':>9}{'responses':>11}"
@@ -154,7 +160,7 @@ def scale_text(gpu: Gpu) -> str:
     lines = [f"{gpu.name}, 8 a node, {PROMPT} + {RESPONSE} tokens a response (limit {LIMIT})", head]
     for model in MODELS:
         for gpus in GPU_COUNTS:
-            row = best_layout(model, gpus, gpu)
+            row = best_layout(model, gpus, gpu, assumptions=assumptions)
             if row is None:
                 lines.append(f"{model:16}{gpus:6}  does not fit")
                 continue

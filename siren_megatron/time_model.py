@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from statistics import NormalDist
 
 from siren_megatron.architecture import Architecture
 from siren_megatron.config import ParallelOptions
 from siren_megatron.hardware import Gpu
 from siren_megatron.memory_model import active_parameters, kv_cache_bytes_per_token, total_parameters
+
+
+SHARES = ("matrix_efficiency", "expert_efficiency", "link_efficiency", "memory_efficiency", "overlap")
+MAY_BE_ZERO = ("overlap", "decode_overhead_ms", "all_reduce_us", "length_spread", "step_overhead_s")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,30 @@ class Assumptions:
 
     def lines(self) -> list[str]:
         return [f"{field.name} {getattr(self, field.name):g}" for field in fields(self)]
+
+    def changed(self, settings: Iterable[str]) -> Assumptions:
+        """These, with each `name=value` of `settings` put in.
+
+        Raises:
+            ValueError: there is no such name, or its value is out of range; the line names it.
+        """
+        values = {}
+        for setting in settings:
+            name, _, text = setting.partition("=")
+            if name not in {field.name for field in fields(self)}:
+                raise ValueError(
+                    f"--assume {name}: unknown (known: {', '.join(f.name for f in fields(self))})"
+                )
+            try:
+                value = type(getattr(self, name))(text)
+            except ValueError:
+                raise ValueError(f"--assume {setting}: {text!r} is no number") from None
+            if not (0 < value < math.inf or (value == 0 and name in MAY_BE_ZERO)):
+                raise ValueError(f"--assume {setting}: it has to be a positive number")
+            if name in SHARES and value > 1:
+                raise ValueError(f"--assume {setting}: a share is at most 1")
+            values[name] = value
+        return replace(self, **values)
 
 
 ASSUMPTIONS = Assumptions()

@@ -50,6 +50,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", default="h100-80gb", metavar="NAME", help=", ".join(GPUS))
     parser.add_argument("--mean-prompt-length", type=float, metavar="TOKENS")
     parser.add_argument("--mean-response-length", type=float, metavar="TOKENS")
+    parser.add_argument(
+        "--assume",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"another constant of the estimate: {', '.join(ASSUMPTIONS.lines())}",
+    )
     parser.add_argument("--scale", action="store_true", help="a table of models and numbers of GPUs")
     parser.add_argument("--compare", action="store_true", help="the estimate beside published figures")
     parser.add_argument("options", nargs="*", metavar="-- OPTION", help="options of pretrain_siren.py")
@@ -75,24 +82,30 @@ def _config(args: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit code (2 for a wrong argument or a plan that does not fit)."""
     args = _parser().parse_args(argv)
-    if args.scale or args.compare:
-        print(scale_text(find_gpu(args.gpu)) if args.scale else comparison_text())
-        print("\nassumptions (docs/slurm.md): " + ", ".join(ASSUMPTIONS.lines()))
-        return 0
     try:
+        assumptions = ASSUMPTIONS.changed(args.assume)
+        if args.compare:
+            if args.assume:
+                raise ValueError("--assume has no meaning with --compare")
+            print(comparison_text())
+        elif args.scale:
+            print(scale_text(find_gpu(args.gpu), assumptions))
+        if args.compare or args.scale:
+            print("\nassumed: " + ", ".join(assumptions.lines()))
+            return 0
         gpu = find_gpu(args.gpu) if args.gpus_per_node else None
         if args.rollout_gpus < 0:
             raise ValueError(f"--rollout-gpus must be at least 0, got {args.rollout_gpus}")
         cluster = Cluster(args.nodes, args.gpus_per_node, gpu, args.ranks_per_node)
         config, hf_config = _config(args)
         lengths = Lengths(args.mean_prompt_length, args.mean_response_length)
-        plan = make_plan(config, hf_config, cluster, lengths)
+        plan = make_plan(config, hf_config, cluster, lengths, assumptions)
     except ValueError as error:
         print(f"plan.py: error: {error}", file=sys.stderr)
         return 2
     print(plan.text())
     if plan.time is not None:
-        print("assumed    " + ", ".join(ASSUMPTIONS.lines()))
+        print("assumed    " + ", ".join(assumptions.lines()))
     return 2 if plan.refusals else 0
 
 

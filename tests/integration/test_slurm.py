@@ -81,33 +81,6 @@ def wait_for_end(cluster: Cluster, job: int, log: Path, timeout: float = 300) ->
         raise AssertionError(f"{error}\n{output(cluster, job, log)}") from None
 
 
-def test_bash_submits_itself_and_trains_with_a_layer_cut_over_two_nodes(cluster, toy_checkpoint, tmp_path):
-    run = tmp_path / "run"
-    submitted = cluster.run(
-        "bash",
-        str(SCRIPT),
-        *TOY,
-        **variables(toy_checkpoint, run, TP=2, NUM_STEPS=2),
-    ).stdout
-    assert "node 1: CPU: trainer rank 1" in submitted and "verdict    it fits" in submitted
-    job = int(re.search(r"submitted: job (\d+)", submitted)[1])
-    log = run / "logs" / f"job-{job}.out"
-    wait_for_end(cluster, job, log)
-    assert cluster.job(job)["NodeList"] == "n[1-2]"
-    rows = read_metrics(run / "train" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2]
-    for row in rows:
-        assert row["rollout_logprob_diff"] < 1e-4 and row["weight_sync_logprob_diff"] < 1e-4
-        assert row["grad_norm"] > 0
-    assert (run / "train" / "hf" / "model.safetensors").stat().st_size > 1_000_000
-    assert (run / "train" / "vllm.log").is_file()
-    # Each node keeps the words of its rank; those of rank 0 are the job's output as well.
-    logs = run / "logs" / f"{job}.0"
-    assert [len(list((logs / node).rglob("stdout.log"))) for node in ("node0", "node1")] == [1, 1]
-    assert "finished: step 2 of 2" in log.read_text() and "done: step 2 of 2" in log.read_text()
-    assert not processes_mentioning(str(run)), "nothing of the job is left"
-
-
 def submit_two_replicas(cluster: Cluster, checkpoint: Path, run: Path, log: Path, **more: object) -> int:
     """`sbatch SCRIPT` with a data-parallel rank on each node; the job's number."""
     command = ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=0", "--output", str(log), str(SCRIPT)]
@@ -134,14 +107,22 @@ def check_whole_run(cluster: Cluster, run: Path, steps: int) -> None:
     rows = read_metrics(run / "train" / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     assert len({row["siren/entropy_anchor"] for row in rows}) == 1, "the anchor is kept, not measured again"
-    assert rows[-1]["rollout_logprob_diff"] < 1e-4, "vLLM got the resumed weights"
-    assert (run / "train" / "hf" / "model.safetensors").is_file()
+    for row in rows:
+        assert row["rollout_logprob_diff"] < 1e-4, "vLLM has the trainer's weights, resumed ones too"
+        assert row["grad_norm"] > 0
+    assert (run / "train" / "hf" / "model.safetensors").stat().st_size > 1_000_000
     assert not processes_mentioning(str(run)), "nothing of any attempt is left"
 
 
-def test_a_killed_step_and_a_lost_node_are_requeued_and_the_run_resumes(cluster, toy_checkpoint, tmp_path):
-    run, log, steps = tmp_path / "run", tmp_path / "job.out", 8
-    job = submit_two_replicas(cluster, toy_checkpoint, run, log, NUM_STEPS=steps)
+def test_a_layer_cut_over_two_nodes_survives_a_killed_step_and_a_lost_node(cluster, toy_checkpoint, tmp_path):
+    """`bash SCRIPT` submits itself. A node's processes are killed, then SLURM is told that a node is down."""
+    run, steps = tmp_path / "run", 8
+    submitted = cluster.run(
+        "bash", str(SCRIPT), *TOY, **variables(toy_checkpoint, run, TP=2, NUM_STEPS=steps)
+    ).stdout
+    assert "node 1: CPU: trainer rank 1" in submitted and "verdict    it fits" in submitted
+    job = int(re.search(r"submitted: job (\d+)", submitted)[1])
+    log = run / "logs" / f"job-{job}.out"
     pointer = run / "train" / "checkpoints" / "latest"
     wait_until(pointer.exists, 180, f"a checkpoint of {output(cluster, job, log)}")
     killed = 0
@@ -161,11 +142,19 @@ def test_a_killed_step_and_a_lost_node_are_requeued_and_the_run_resumes(cluster,
     cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)  # unless it is back
     start_again(cluster, job, restarts=2)
     wait_for_end(cluster, job, log)
+    assert cluster.job(job)["NodeList"] == "n[1-2]"
     first, *_, last = attempts(run)
     reached = int(first[5])
     assert first[1] == f"{job}.0" and 1 <= reached < steps
     assert last[1] == f"{job}.2" and reached < int(last[3]) < steps and last[5] == str(steps)
-    assert f"requeued: the next attempt goes on from step {reached}" in log.read_text()
+    text = log.read_text()
+    assert f"requeued: the next attempt goes on from step {reached}" in text
+    assert f"finished: step {steps} of {steps}" in text and f"done: step {steps} of {steps}" in text
+    # Each node keeps the words of its rank; those of rank 0 are the job's output as well.
+    for attempt in (f"{job}.0", f"{job}.2"):
+        nodes = [run / "logs" / attempt / node for node in ("node0", "node1")]
+        assert [len(list(node.rglob("stdout.log"))) for node in nodes] == [1, 1]
+    assert (run / "train" / "vllm.log").is_file()
     check_whole_run(cluster, run, steps)
 
 

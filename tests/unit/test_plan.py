@@ -25,7 +25,7 @@ from siren_megatron.placement import parse_devices, server_devices
 from siren_megatron.plan import Cluster, Lengths, make_plan
 from siren_megatron.published import FIGURES, speed_ratio
 from siren_megatron.scale import best_layout
-from siren_megatron.time_model import decode_seconds, forward_flops_per_token, response_lengths
+from siren_megatron.time_model import ASSUMPTIONS, decode_seconds, forward_flops_per_token, response_lengths
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
@@ -211,6 +211,15 @@ def test_estimates_beside_published_figures(figure, record_property):
     assert 0.75 < ratio < (2.5 if figure.unit == "seconds a step" else 1.33)
 
 
+def test_other_assumptions_change_the_estimate():
+    arguments = (config(), MATH_7B, Cluster(1, 8, H100), Lengths(200, 1000))
+    usual = make_plan(*arguments).time
+    slower = make_plan(*arguments, ASSUMPTIONS.changed(["matrix_efficiency=0.3"])).time
+    assert slower.train > 1.5 * usual.train and slower.weight_sync == usual.weight_sync
+    even = make_plan(*arguments, ASSUMPTIONS.changed(["length_spread=0", "overlap=0"])).time
+    assert even.rollout < usual.rollout, "no response is longer than the mean"
+
+
 def test_larger_models_need_more_gpus():
     assert best_layout("llama-3.1-405b", 32, H100) is None
     row = best_layout("llama-3.1-405b", 512, H100)
@@ -255,6 +264,10 @@ def test_the_tool_reads_a_checkpoint_and_needs_no_torch(tmp_path):
     [
         (["--model", "gpt-5"], "--model gpt-5 is unknown"),
         (["--gpu", "tpu"], "--gpu tpu is unknown"),
+        (["--assume", "speed=2"], "--assume speed: unknown"),
+        (["--assume", "overlap=two"], "'two' is no number"),
+        (["--assume", "matrix_efficiency=0"], "has to be a positive number"),
+        (["--assume", "matrix_efficiency=1.1"], "a share is at most 1"),
         (["--model", "qwen2.5-7b", "--", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["--", "--hf-checkpoint", "/nowhere"], "--hf-checkpoint /nowhere is not a directory"),
     ],
