@@ -19,7 +19,6 @@ from siren_megatron.config import ParallelOptions
 from siren_megatron.hardware import Gpu
 from siren_megatron.memory_model import active_parameters, kv_cache_bytes_per_token, total_parameters
 
-
 SHARES = ("matrix_efficiency", "expert_efficiency", "link_efficiency", "memory_efficiency", "overlap")
 MAY_BE_ZERO = ("overlap", "decode_overhead_ms", "all_reduce_us", "length_spread", "step_overhead_s")
 
