@@ -22,6 +22,7 @@ from siren_megatron.architecture import Architecture, Layout
 from siren_megatron.data_options import DataOptions, check_data
 from siren_megatron.method_options import CorrectionOptions, EntropyOptions, GrpoOptions, check_methods
 from siren_megatron.options import REQUIRED, flag, option
+from siren_megatron.placement import parse_devices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,11 @@ class RolloutOptions:
     rollout_kv_cache_mb: int = option(256, "vLLM's KV cache on a CPU, in MiB", minimum=16)
     rollout_gpu_memory_utilization: float = option(
         0.5, "share of a GPU's memory that vLLM takes", above=0, maximum=1
+    )
+    rollout_devices: str | None = option(
+        None,
+        "GPUs of the first node that the vLLM server has for itself, such as 4,5,6,7 (its tensor-parallel "
+        "size is their number); default: it shares the first rank's GPU",
     )
     rollout_start_timeout: float = option(300.0, "seconds for the server to become ready", above=0)
     rollout_request_timeout: float = option(600.0, "seconds for one generation request", above=0)
@@ -255,8 +261,24 @@ def check(config: Config, world_size: int | None = None) -> None:
     Raises:
         ValueError: one line that names the option.
     """
+    check_plan(config, read_hf_config(config.model.hf_checkpoint), world_size)
+    _check_files(config)
+
+
+def check_plan(config: Config, hf_config: dict[str, Any], world_size: int | None = None) -> None:
+    """What `check` refuses without looking at any file: a plan may be made where the model is not.
+
+    Args:
+        hf_config: the model's config.json.
+        world_size: as in `check`.
+
+    Raises:
+        ValueError: one line that names the option.
+    """
     _check_bounds(config)
-    _check_architecture(config, read_hf_config(config.model.hf_checkpoint))
+    if config.rollout.rollout_devices is not None:
+        parse_devices(config.rollout.rollout_devices)
+    _check_architecture(config, hf_config)
     _check_batches(config, world_size)
     check_methods(
         config.grpo,
@@ -265,7 +287,6 @@ def check(config: Config, world_size: int | None = None) -> None:
         group_size=config.rollout.rollout_num_samples,
         max_response=config.rollout.rollout_max_response_length,
     )
-    _check_files(config)
 
 
 def _check_bounds(config: Config) -> None:

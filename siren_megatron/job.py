@@ -21,6 +21,7 @@ from siren_megatron.checkpoint import load_checkpoint, save_checkpoint
 from siren_megatron.config import Config, read_hf_config
 from siren_megatron.dynamic_sampling import refill
 from siren_megatron.metrics import MetricsLogger, StageTimer
+from siren_megatron.placement import server_devices
 from siren_megatron.platform import Platform, init_process_group
 from siren_megatron.prompts import Prompt, load_data_tokenizer, load_dataset, make_cursor
 from siren_megatron.rewards import RewardPool
@@ -130,6 +131,11 @@ class Job:
             device="cpu" if on_cpu else "cuda",
             gpu_memory_utilization=config.rollout.rollout_gpu_memory_utilization,
             start_timeout_s=config.rollout.rollout_start_timeout,
+            **server_devices(
+                config.rollout.rollout_devices,
+                os.environ,
+                gpus=0 if on_cpu else torch.cuda.device_count(),
+            ),
         )
 
     def _load_data(self) -> None:
