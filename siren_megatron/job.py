@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from siren_megatron import random_states
 from siren_megatron.advantages import assign_advantages
 from siren_megatron.batch import Sample, TrainBatch, broadcast_batch, make_batch
-from siren_megatron.checkpoint import load_checkpoint, save_checkpoint
+from siren_megatron.checkpoint import CheckpointSaver, SaveError, load_checkpoint
 from siren_megatron.config import Config, read_hf_config
 from siren_megatron.dynamic_sampling import refill
 from siren_megatron.metrics import MetricsLogger, StageTimer
@@ -70,13 +71,18 @@ class Job:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:
+            try:
+                self.saver.wait()
+            except SaveError as failure:
+                kind, error, traceback = SaveError, failure, failure.__traceback__
         self._stack.__exit__(kind, error, traceback)
         if kind is None:
             dist.destroy_process_group()
         # Options and files are judged while the run is built; a later ValueError is a bug and keeps its
         # traceback, but for those that name an option.
         mistake = isinstance(error, ValueError) and (not self._built or str(error).startswith("--"))
-        if mistake or isinstance(error, RolloutError | WeightSyncError | JobError):
+        if mistake or isinstance(error, RolloutError | WeightSyncError | SaveError | JobError):
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"pretrain_siren.py: error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2 if mistake else 1) from None
@@ -95,8 +101,13 @@ class Job:
             self._load_data()
         initialize_model_parallel(config)
         self.trainer = Trainer(config, self.hf_config, self.platform)
-        if config.run.load is not None:
-            self._resume()
+        self.saver = CheckpointSaver(
+            config.run.save / "checkpoints",
+            self.trainer,
+            asynchronous=config.run.async_save,
+            total_limit=config.run.save_total_limit,
+        )
+        states = self._resume() if config.run.load is not None else None
         if self.is_main:
             self.server.wait_ready()
             self.client = RolloutClient(
@@ -115,6 +126,8 @@ class Job:
         if self.step or config.model.pretrained_checkpoint is not None:
             self.update_weights()
             self.timer.pop()  # the first step's times are its own
+        if states is not None:
+            random_states.restore(states, self.platform.device)
         self._built = True
 
     def _server_options(self) -> ServerOptions:
@@ -353,27 +366,37 @@ class Job:
         )
 
     def save_if_due(self) -> None:
-        """Write a checkpoint every `--save-interval` steps, and after the last one."""
+        """Write a checkpoint every `--save-interval` steps, and after the last one.
+
+        Raises:
+            SaveError: it could not be written, or the one that `--async-save` was writing could not.
+        """
+        self.saver.poll()
         interval = self.config.run.save_interval
         if self.step == self.config.train.num_steps or (interval and self.step % interval == 0):
-            save_checkpoint(
-                self.config.run.save / "checkpoints",
-                self.trainer,
-                {
-                    "step": self.step,
-                    "entropy_anchor": self.entropy_anchor,
-                    "entropy": self.trainer.entropy.state_dict(),
-                    "cursor": self.cursor.state_dict() if self.is_main else None,
-                    "config": self.config.flat(),
-                },
-            )
+            self.save()
 
-    def _resume(self) -> None:
-        state = load_checkpoint(self.config.run.load / "checkpoints", self.trainer)
+    def save(self) -> None:
+        """Write a checkpoint of this step; with `--async-save` begin to."""
+        self.saver.save(
+            {
+                "step": self.step,
+                "entropy_anchor": self.entropy_anchor,
+                "entropy": self.trainer.entropy.state_dict(),
+                "cursor": self.cursor.state_dict() if self.is_main else None,
+                "config": self.config.flat(),
+            }
+        )
+
+    def _resume(self) -> dict[str, torch.Tensor] | None:
+        """Load the newest good checkpoint; this rank's random states, where they can be carried over."""
+        loaded = load_checkpoint(self.config.run.load / "checkpoints", self.trainer)
+        state = loaded.state
         self.step, self.entropy_anchor = state["step"], state["entropy_anchor"]
         self.trainer.entropy.load_state_dict(state["entropy"])
         if self.is_main:
             self.cursor.load_state_dict(state["cursor"])
+        return loaded.random_states
 
     def export(self) -> None:
         """Write the policy as a Hugging Face checkpoint to `<save>/hf`."""

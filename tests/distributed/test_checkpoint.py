@@ -41,11 +41,12 @@ def finish(trainer, batch):
 
 def save_and_go_on(rank, world_size, checkpoint, directory, options):
     trainer, batch = build(checkpoint, options)
-    from siren_megatron.checkpoint import save_checkpoint
+    from siren_megatron.checkpoint import CheckpointSaver
 
     batch = trainer.compute_logprobs(batch)
     trainer.update(batch, ANCHOR)
-    save_checkpoint(directory, trainer, {"step": 1, "entropy_anchor": ANCHOR if rank == 0 else None})
+    saver = CheckpointSaver(directory, trainer)
+    saver.save({"step": 1, "entropy_anchor": ANCHOR if rank == 0 else None})
     return finish(trainer, batch)
 
 
@@ -57,7 +58,7 @@ def load_and_go_on(rank, world_size, checkpoint, directory, layouts):
         trainer, batch = build(checkpoint, options)
         # The ratios' base is the policy before the first update, as in the run that goes on.
         batch = trainer.compute_logprobs(batch)
-        state = load_checkpoint(directory, trainer)
+        state = load_checkpoint(directory, trainer).state
         assert state == {"step": 1, "entropy_anchor": ANCHOR}, state
         results.append(finish(trainer, batch))
     return results
