@@ -24,7 +24,7 @@ from siren_megatron.conversion.pickle_check import check_pickles
 from siren_megatron.trainer import Trainer
 from siren_megatron.versions import differences, versions
 
-__all__ = ["CheckpointSaver", "LoadedRun", "SaveError", "load_checkpoint"]
+__all__ = ["CheckpointSaver", "LoadedRun", "SaveError", "choose_checkpoint", "load_checkpoint"]
 
 
 def _metadata() -> dict[str, Any]:
@@ -165,7 +165,7 @@ def load_checkpoint(directory: Path, trainer: Trainer) -> LoadedRun:
     Raises:
         ValueError: there is no checkpoint, none is whole, or it is of another model.
     """
-    path, manifest = _choose(directory)
+    path, manifest = choose_checkpoint(directory)
     _prepare_torch_adam(trainer.optimizer)
     content = _sharded_state(trainer, is_loading=True)
     same_layout = manifest["layout"] == layout(trainer)
@@ -193,8 +193,14 @@ def load_checkpoint(directory: Path, trainer: Trainer) -> LoadedRun:
     return LoadedRun(path, loaded["run"], states)
 
 
-def _choose(directory: Path) -> tuple[Path, dict[str, Any]]:
-    """The first candidate that is whole, and its manifest; all ranks share the work and agree."""
+def choose_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """A collective: the newest checkpoint that is whole, and its manifest. All ranks share the reading.
+
+    Rank 0 prints a line for each one that is not.
+
+    Raises:
+        ValueError: there is none.
+    """
     shared = [files.candidates(directory)]
     dist.broadcast_object_list(shared, src=0)
     paths, problems = shared[0], []

@@ -39,9 +39,9 @@ def toy_options(checkpoint: Path, save: Path, **more: object) -> list[str]:
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
-def command(options: list[str], ranks: int = 2) -> list[str]:
+def command(options: list[str], ranks: int = 2, script: Path = REPOSITORY / "pretrain_siren.py") -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*torchrun, str(REPOSITORY / "pretrain_siren.py"), *options]
+    return [*torchrun, str(script), *options]
 
 
 def run_job(options: list[str], ranks: int = 2, timeout: float = 400) -> subprocess.CompletedProcess[str]:
@@ -52,10 +52,10 @@ def run_job(options: list[str], ranks: int = 2, timeout: float = 400) -> subproc
 
 
 @contextlib.contextmanager
-def started_job(options: list[str], ranks: int = 2) -> Iterator[subprocess.Popen[str]]:
+def started_job(options: list[str], ranks: int = 2, **script: Path) -> Iterator[subprocess.Popen[str]]:
     """A job in a session of its own; whatever is left of it is killed in the end."""
     process = subprocess.Popen(
-        command(options, ranks),
+        command(options, ranks, **script),
         cwd=REPOSITORY,
         text=True,
         stdout=subprocess.PIPE,
@@ -77,6 +77,16 @@ def wait_until(condition: Callable[[], object], timeout: float, what: str) -> No
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {timeout:.0f} s"
         time.sleep(0.1)
+
+
+def kill_all(job: subprocess.Popen[str]) -> None:
+    """SIGKILL for a job's processes, each by its own id: torchrun, the ranks, and all that they started."""
+    tree = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    for process in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(tree, timeout=30)
+    job.communicate()
 
 
 def processes_mentioning(text: str) -> list[psutil.Process]:
