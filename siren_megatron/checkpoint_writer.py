@@ -7,9 +7,13 @@ server process is started to carry the writers' results (it would import torch, 
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import pickle
 import queue
+import signal
+import sys
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from siren_megatron import checkpoint_files as files
 
 _FORMAT = ("torch_dist", 1)
+_PR_SET_PDEATHSIG = 1  # Linux prctl number (sys/prctl.h)
 _RANK_0_FILES = ("common.pt", "metadata.json", ".metadata")
 
 
@@ -138,6 +143,8 @@ class CheckpointWriter:
         transforms = [strategy.writer.transforms] if hasattr(strategy.writer, "transforms") else []
 
         def write(outcome: IO[bytes], buckets: list[Any], transforms: list[Any]) -> None:
+            if self.asynchronous:
+                _settle_in_writer()
             pickle.dump(_write(buckets, transforms), outcome)
             outcome.flush()
 
@@ -181,7 +188,8 @@ class CheckpointWriter:
                 self._publish(strategy, unfinished, manifest, gathered)
             except Exception as failure:
                 # Whatever it is, the other ranks wait to hear of it.
-                error = files.one_line(failure, self.directory)
+                told_already = isinstance(failure, SaveError)
+                error = str(failure) if told_already else files.one_line(failure, self.directory)
                 files.remove(unfinished)
                 files.remove(self.directory / (files.POINTER + files.PARTIAL))
         told = [error]
@@ -226,6 +234,13 @@ def agree(error: str | None) -> None:
     for rank, text in enumerate(errors):
         if text is not None:
             raise SaveError(f"rank {rank}: {text}")
+
+
+def _settle_in_writer() -> None:
+    """In a forked writer: end with the rank, and leave alone what only the rank may free (GPU tensors)."""
+    gc.disable()
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _write(buckets: list[Any], transforms: list[Any]) -> dict[str, Any]:

@@ -394,8 +394,15 @@ class Job:
         state = loaded.state
         self.step, self.entropy_anchor = state["step"], state["entropy_anchor"]
         self.trainer.entropy.load_state_dict(state["entropy"])
+        mistake: list[str | None] = [None]
         if self.is_main:
-            self.cursor.load_state_dict(state["cursor"])
+            try:
+                self.cursor.load_state_dict(state["cursor"])
+            except ValueError as error:
+                mistake = [str(error)]
+        dist.broadcast_object_list(mistake, src=0)
+        if mistake[0] is not None:
+            raise ValueError(mistake[0])
         return loaded.random_states
 
     def export(self) -> None:

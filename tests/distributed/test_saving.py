@@ -258,7 +258,8 @@ def test_a_killed_writer_is_one_error_on_all_ranks(saved):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(saved, disk):
-    reason = "No space left on device" if os.path.ismount(disk) else "File too large"
+    # Of a file that may not grow, torch's writer of common.pt says no more than that writing failed.
+    reasons = ("No space left on device",) if os.path.ismount(disk) else ("File too large", "iostream error")
     for result in saved[1]:
         seen = dict(result["full"])
         assert seen.pop("first") == (None, ["latest", "step_000001"])
@@ -267,7 +268,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(saved, disk):
         assert len(seen) == 5
         for moment, (message, left) in seen.items():
             assert "step_000002 could not be written" in message, moment
-            assert ("No space left" if moment == "manifest" else reason) in message, moment
+            words = ("No space left on device",) if moment == "manifest" else reasons
+            assert any(word in message for word in words), (moment, message)
+            assert moment == "manifest" or "rank 0: common.pt: " in message or "_0.distcp: " in message
             assert "the last good one is step_000001" in message and "\n" not in message, moment
             assert left == ["latest", "step_000001"], moment
 
@@ -276,11 +279,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(saved, disk):
 
 
 def choose(rank, world_size, directories):
-    """For each directory: which checkpoint is taken, or the error; and the lines that rank 0 printed."""
+    """For each directory: the checkpoint that is taken, or the error; the lines that rank 0 printed; and what
+    --pretrained-checkpoint says of the newest where that is evil.
+    """
     from siren_megatron import platform
 
     platform.install()
     from siren_megatron.checkpoint import choose_checkpoint
+    from siren_megatron.conversion.live import load_megatron_weights
 
     results = {}
     for directory in directories:
@@ -289,7 +295,12 @@ def choose(rank, world_size, directories):
                 result = choose_checkpoint(directory)[0].name
             except ValueError as error:
                 result = str(error)
-        results[directory.name] = (result, printed.getvalue().splitlines())
+            refusal = ""
+            if directory.name.startswith("evil"):
+                with pytest.raises(ValueError, match="refused|damaged") as error:
+                    load_megatron_weights(None, directory / "step_000003")
+                refusal = str(error.value)
+        results[directory.name] = (result, printed.getvalue().splitlines(), refusal)
     return results
 
 
@@ -352,26 +363,32 @@ def chosen(saved, tmp_path_factory):
     results = run_ranks(choose, 2, sorted(directory.iterdir()))
     assert not mark.exists(), "the code in a pickle ran"
     assert all(results[0][name][0] == results[1][name][0] for name in results[0]), "the ranks disagree"
-    assert not any(lines for _, lines in results[1].values()), "rank 1 printed"
+    assert not any(lines for _, lines, _ in results[1].values()), "rank 1 printed"
     return results[0]
 
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(chosen, name):
-    result, lines = chosen[name]
+    result, lines, _ = chosen[name]
     assert result == "step_000002"
     assert len(lines) == 1 and lines[0].startswith("checkpoint: step_000003 cannot be used: ")
     assert DAMAGE[name][1] in lines[0] and f"{name}/step_000003/" in lines[0]
 
 
 def test_whole_checkpoints_are_taken_without_a_word(chosen):
-    assert chosen["whole"] == ("step_000003", [])
-    assert chosen["no-pointer"] == ("step_000003", [])
-    assert chosen["lost-pointer"] == ("step_000003", [])
-    assert chosen["pinned"] == ("step_000002", [])
+    assert chosen["whole"][:2] == ("step_000003", [])
+    assert chosen["no-pointer"][:2] == ("step_000003", [])
+    assert chosen["lost-pointer"][:2] == ("step_000003", [])
+    assert chosen["pinned"][:2] == ("step_000002", [])
+
+
+@pytest.mark.parametrize(("name", "file"), [("evil-table", ".metadata"), ("evil-common", "common.pt")])
+def test_a_pretrained_checkpoint_that_runs_code_is_refused(chosen, name, file):
+    refusal = chosen[name][2]
+    assert "posix.system" in refusal and f"{name}/step_000003/{file}" in refusal and "\n" not in refusal
 
 
 def test_no_good_checkpoint_is_an_error(chosen):
-    message, lines = chosen["all-damaged"]
+    message, lines, _ = chosen["all-damaged"]
     assert message.startswith("--load: none of the 2 checkpoint(s) in ") and len(lines) == 2
     assert "holds no finished checkpoint" in chosen["empty"][0]
