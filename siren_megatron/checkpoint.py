@@ -21,8 +21,8 @@ from siren_megatron import checkpoint_files as files
 from siren_megatron import random_states
 from siren_megatron.checkpoint_writer import CheckpointWriter, SaveError
 from siren_megatron.conversion.pickle_check import check_pickles
+from siren_megatron.report import versions
 from siren_megatron.trainer import Trainer
-from siren_megatron.versions import differences, versions
 
 __all__ = ["CheckpointSaver", "LoadedRun", "SaveError", "choose_checkpoint", "load_checkpoint"]
 
@@ -182,7 +182,7 @@ def load_checkpoint(directory: Path, trainer: Trainer) -> LoadedRun:
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     _unshare_steps(trainer.optimizer)
     trainer.scheduler.load_state_dict(loaded["scheduler"])
-    changed = differences(manifest["versions"], versions())
+    changed = files.version_differences(manifest["versions"], versions())
     if changed:
         _say(f"{path} was written with {', '.join(changed)}")
     states = None

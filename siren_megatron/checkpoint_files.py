@@ -120,6 +120,15 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return content
 
 
+def version_differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What has another version now, as "torch 2.12.0 (now 2.13.0)"; the git commit does not count."""
+    return [
+        f"{name} {before.get(name, 'absent')} (now {now.get(name, 'absent')})"
+        for name in {**before, **now}
+        if name != "git commit" and before.get(name) != now.get(name)
+    ]
+
+
 def _is_manifest(content: dict[str, Any]) -> bool:
     files = content.get("files")
     return (

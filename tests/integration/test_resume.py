@@ -28,12 +28,12 @@ def rows_without_times(save: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
 
 
-def run_and_kill(arguments: list[str], marks: Path, stage: str, step: int, monkeypatch) -> None:
+def run_and_kill(arguments: list[str], marks: Path, stage: str, step: int) -> None:
     """Start the run and kill all of it once it is at a stage of a step."""
     marks.mkdir()
-    monkeypatch.setenv("SIREN_TEST_MARKS", str(marks))
-    monkeypatch.setenv("SIREN_TEST_STOP_IN_SAVE", str(step if stage == "save" else 0))
-    with started_job(arguments, script=Path(__file__).with_name("marked_run.py")) as job:
+    stop = str(step if stage == "save" else 0)
+    environment = {"SIREN_TEST_MARKS": str(marks), "SIREN_TEST_STOP_IN_SAVE": stop}
+    with started_job(arguments, script="tests/integration/marked_run.py", environment=environment) as job:
         wait_until(
             lambda: (marks / f"{stage}-{step}").exists() or job.poll() is not None, 180, f"{stage} of {step}"
         )
@@ -41,7 +41,7 @@ def run_and_kill(arguments: list[str], marks: Path, stage: str, step: int, monke
         kill_all(job)
 
 
-def test_killed_and_resumed_is_never_killed(tmp_path, monkeypatch):
+def test_killed_and_resumed_is_never_killed(tmp_path):
     checkpoint = REPOSITORY / "runs" / "toy-countdown"
     whole, save = tmp_path / "whole", tmp_path / "killed"
     done = run_job(options(checkpoint, whole))
@@ -49,7 +49,7 @@ def test_killed_and_resumed_is_never_killed(tmp_path, monkeypatch):
     for number, (stage, step, in_background) in enumerate(KILLS):
         more = ["--load", str(save)] * (number > 0) + ["--async-save"] * in_background
         marks = tmp_path / f"marks{number}"
-        run_and_kill([*options(checkpoint, save), *more], marks, stage, step, monkeypatch)
+        run_and_kill([*options(checkpoint, save), *more], marks, stage, step)
         found = sorted(path.name for path in (save / "checkpoints").iterdir())
         assert (f"step_{step:06d}.partial" in found) == (stage == "save"), found
         assert f"step_{step:06d}" not in found, found

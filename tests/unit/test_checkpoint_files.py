@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siren_megatron import checkpoint_files as files
-from siren_megatron.versions import differences
 
 
 def make(directory: Path, *steps: int, latest: str | None = None) -> Path:
@@ -167,9 +166,9 @@ def test_the_reason_behind_an_error(tmp_path):
 def test_versions_that_differ():
     before = {"torch": "2.12", "numpy": "2.0", "git commit": "a", "vllm": "1"}
     now = {"torch": "2.13", "numpy": "2.0", "git commit": "b", "transformers": "5"}
-    assert differences(before, now) == [
+    assert files.version_differences(before, now) == [
         "torch 2.12 (now 2.13)",
         "vllm 1 (now absent)",
         "transformers absent (now 5)",
     ]
-    assert differences(now, now) == []
+    assert files.version_differences(now, now) == []

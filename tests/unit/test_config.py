@@ -69,7 +69,7 @@ WRONG = [
     (["--entropy-metod", "siren"], "unrecognized arguments: --entropy-metod siren"),
     (["--entropy-coef", "1"], "unrecognized arguments: --entropy-coef 1"),
     (["--load", "x", "--overwrite"], "--load and --overwrite contradict each other"),
-    (["--load", "no-such-run"], "--load no-such-run holds no finished checkpoint"),
+    (["--load", "no-such-run"], "--load no-such-run holds no checkpoint"),
     (["--hf-checkpoint", "no-such-dir"], "--hf-checkpoint no-such-dir is not a directory"),
     (["--prompt-data", "no-such-file"], "--prompt-data no-such-file"),
     (["--prompt-weights", "1", "2"], "--prompt-weights has 2 number(s) for the 1 file(s) of --prompt-data"),
