@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+
 import pytest
 import torch
 
@@ -58,7 +61,10 @@ def load_and_go_on(rank, world_size, checkpoint, directory, layouts, saved_with)
         trainer, batch = build(checkpoint, options)
         # The ratios' base is the policy before the first update, as in the run that goes on.
         batch = trainer.compute_logprobs(batch)
-        loaded = load_checkpoint(directory, trainer)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            loaded = load_checkpoint(directory, trainer)
+        told = "random states could not be carried over" in printed.getvalue()
+        assert told == (rank == 0 and options != saved_with), printed.getvalue()
         state, carried = loaded.state, loaded.random_states is not None
         assert carried == (options == saved_with)
         assert state == {"step": 1, "entropy_anchor": ANCHOR}, state

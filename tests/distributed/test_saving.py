@@ -84,11 +84,16 @@ def random_states_return(rank, trainer, directory):
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
     tracker.set_states({name: torch.get_rng_state() for name in tracked})
     other = draw()
-    loaded = load_checkpoint(directory, trainer)
+    if rank == 0:
+        path = directory / "step_000001" / "manifest.json"
+        path.write_text(path.read_text().replace(f'"numpy": "{np.__version__}"', '"numpy": "1.0"'))
+    dist.barrier()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        loaded = load_checkpoint(directory, trainer)
     random_states.restore(loaded.random_states, trainer.device)
     again = tracker.get_states()
     same = sorted(again) == sorted(tracked) and equal([again[n] for n in tracked], [*tracked.values()])
-    return expected, other, draw(), same and len(tracked)
+    return expected, other, draw(), same and len(tracked), printed.getvalue().splitlines()
 
 
 def save_in_background(rank, trainer, batch, directory):
@@ -235,10 +240,15 @@ def test_old_checkpoints_go(saved):
 
 def test_every_ranks_random_states_return(saved):
     for result in saved[1]:
-        expected, other, again, tracked = result["random"]
+        expected, other, again, tracked, _ = result["random"]
         assert again == expected != other
         assert tracked == 3, "megatron-core's tracker has three states"
     assert saved[1][0]["random"][0] != saved[1][1]["random"][0], "each rank has its own"
+
+
+def test_another_version_is_one_line(saved):
+    (line,), nothing = saved[1][0]["random"][4], saved[1][1]["random"][4]
+    assert line.endswith(f"step_000001 was written with numpy 1.0 (now {np.__version__})") and not nothing
 
 
 def test_a_background_save_is_of_the_moment_it_was_asked_for(saved):
