@@ -32,6 +32,7 @@ def main() -> None:
             job.update_weights()
             job.log(batch, metrics)
             job.save_if_due()
+        job.finish_saves()
         job.export()
 
 

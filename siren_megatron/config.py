@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from siren_megatron import checkpoint_files
 from siren_megatron.architecture import Architecture, Layout
 from siren_megatron.data_options import DataOptions, check_data
 from siren_megatron.method_options import CorrectionOptions, EntropyOptions, GrpoOptions, check_methods
@@ -125,6 +126,10 @@ class RunOptions:
     load: Path | None = option(None, "directory of a run to resume from its newest checkpoint", type=Path)
     overwrite: bool = option(False, "replace an existing --save directory")
     save_interval: int = option(0, "steps between checkpoints; 0 = only at the end", minimum=0)
+    save_total_limit: int = option(
+        0, "finished checkpoints to keep, the oldest are deleted; 0 = all", minimum=0
+    )
+    async_save: bool = option(False, "write checkpoints in the background, while the training goes on")
     log_interval: int = option(1, "steps between printed lines where there is no progress bar", minimum=1)
     tensorboard_dir: Path | None = option(None, "write TensorBoard events here", type=Path)
     wandb_project: str | None = option(None, "log to this Weights & Biases project (WANDB_MODE holds)")
@@ -439,7 +444,7 @@ def _check_files(config: Config) -> None:
     check_data(config.data)
     if run.load is not None and run.overwrite:
         raise ValueError("--load and --overwrite contradict each other")
-    if run.load is not None and not (run.load / "checkpoints").is_dir():
+    if run.load is not None and not checkpoint_files.finished(run.load / "checkpoints"):
         raise ValueError(f"--load {run.load} holds no checkpoint")
     if run.save.exists() and not run.save.is_dir():
         raise ValueError(f"--save {run.save} is not a directory")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 import sys
@@ -15,9 +16,10 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from siren_megatron import random_states
 from siren_megatron.advantages import assign_advantages
 from siren_megatron.batch import Sample, TrainBatch, broadcast_batch, make_batch
-from siren_megatron.checkpoint import load_checkpoint, save_checkpoint
+from siren_megatron.checkpoint import CheckpointSaver, LoadedRun, SaveError, load_checkpoint
 from siren_megatron.config import Config, read_hf_config
 from siren_megatron.dynamic_sampling import refill
 from siren_megatron.metrics import MetricsLogger, StageTimer
@@ -57,6 +59,7 @@ class Job:
         self.step = 0
         self.entropy_anchor: float | None = None
         self.sampling_metrics: dict[str, float] = {}
+        self._loaded: LoadedRun | None = None
         self._stack = contextlib.ExitStack()
         self._built = False
 
@@ -77,7 +80,7 @@ class Job:
         # Options and files are judged while the run is built; a later ValueError is a bug and keeps its
         # traceback, but for those that name an option.
         mistake = isinstance(error, ValueError) and (not self._built or str(error).startswith("--"))
-        if mistake or isinstance(error, RolloutError | WeightSyncError | JobError):
+        if mistake or isinstance(error, RolloutError | WeightSyncError | SaveError | JobError):
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"pretrain_siren.py: error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2 if mistake else 1) from None
@@ -116,6 +119,9 @@ class Job:
         if self.step or config.model.pretrained_checkpoint is not None:
             self.update_weights()
             self.timer.pop()  # the first step's times are its own
+        if self._loaded is not None and self._loaded.random_states is not None:
+            # After all else that may draw: the next step finds them as the saved one left them.
+            random_states.restore(self._loaded.random_states, self.platform.device)
         self._built = True
 
     def _server_options(self) -> ServerOptions:
@@ -358,28 +364,54 @@ class Job:
             },
         )
 
+    @functools.cached_property
+    def saver(self) -> CheckpointSaver:
+        run = self.config.run
+        return CheckpointSaver(
+            run.save / "checkpoints",
+            self.trainer,
+            asynchronous=run.async_save,
+            total_limit=run.save_total_limit,
+        )
+
     def save_if_due(self) -> None:
-        """Write a checkpoint every `--save-interval` steps, and after the last one."""
+        """Write a checkpoint every `--save-interval` steps, and after the last one.
+
+        Raises:
+            SaveError: it could not be written, or the one that `--async-save` was writing could not.
+        """
+        self.saver.poll()
         interval = self.config.run.save_interval
         if self.step == self.config.train.num_steps or (interval and self.step % interval == 0):
-            save_checkpoint(
-                self.config.run.save / "checkpoints",
-                self.trainer,
+            self.saver.save(
                 {
                     "step": self.step,
                     "entropy_anchor": self.entropy_anchor,
                     "entropy": self.trainer.entropy.state_dict(),
                     "cursor": self.cursor.state_dict() if self.is_main else None,
                     "config": self.config.flat(),
-                },
+                }
             )
 
+    def finish_saves(self) -> None:
+        """Wait for a checkpoint that `--async-save` is writing. Raises as `save_if_due`."""
+        self.saver.wait()
+
     def _resume(self) -> None:
-        state = load_checkpoint(self.config.run.load / "checkpoints", self.trainer)
+        """Go on from the newest good checkpoint."""
+        self._loaded = load_checkpoint(self.config.run.load / "checkpoints", self.trainer)
+        state = self._loaded.state
         self.step, self.entropy_anchor = state["step"], state["entropy_anchor"]
         self.trainer.entropy.load_state_dict(state["entropy"])
+        mistake: list[str | None] = [None]
         if self.is_main:
-            self.cursor.load_state_dict(state["cursor"])
+            try:
+                self.cursor.load_state_dict(state["cursor"])
+            except ValueError as error:
+                mistake = [str(error)]
+        dist.broadcast_object_list(mistake, src=0)
+        if mistake[0] is not None:
+            raise ValueError(mistake[0])
 
     def export(self) -> None:
         """Write the policy as a Hugging Face checkpoint to `<save>/hf`."""

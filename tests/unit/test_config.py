@@ -117,7 +117,7 @@ def test_an_existing_run_is_not_touched_unless_told(files, capsys):
         in capsys.readouterr().err
     )
     assert parse_args(arguments(files, "--overwrite")).run.overwrite
-    (files["save"] / "checkpoints").mkdir()
+    (files["save"] / "checkpoints" / "step_000001").mkdir(parents=True)
     assert parse_args(arguments(files, "--load", str(files["save"]))).run.load == files["save"]
 
 
