@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from siren_megatron.http_json import http_json
 from siren_megatron.rollout import RolloutClient, RolloutError, RolloutServer, ServerOptions
 from siren_megatron.weight_sync import WeightPublisher, WeightSyncError
 
@@ -247,7 +246,7 @@ def test_an_update_waits_for_running_requests(served):
     running = threading.Event()
 
     def metrics_say_running():
-        _, text = http_json(served.server.url, "GET", "/metrics", timeout_s=10.0)
+        _, text = served.server.request("GET", "/metrics", timeout_s=10.0)
         lines = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running{")]
         return any(float(line.split()[-1]) > 0 for line in lines)
 
