@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -80,7 +81,7 @@ class SkippedUpdates:
             if sum(1 for _ in self.directory.glob("*.safetensors")) >= MAX_KEPT:
                 return f"{self.directory} holds {MAX_KEPT} batches already, this one is not kept"
             save_batch(self.directory / name, batch, {"step": step + 1, "index": index, "metrics": metrics})
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             return f"its batch can't be written: {error}"
         return f"its batch: {self.directory / name}"
 
