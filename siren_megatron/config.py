@@ -360,7 +360,7 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"--hf-checkpoint {directory} holds no *.safetensors file")
     try:
         architecture = json.loads(path.read_text())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(architecture, dict):
         raise ValueError(f"{path} is not a JSON object")

@@ -1,4 +1,4 @@
-"""A NaN or an infinity on one rank changes no number on any: weights, optimizer, learning rate, coefficient."""
+"""A NaN or an infinity on one rank changes no rank: weights, optimizer, learning rate, coefficient."""
 
 from __future__ import annotations
 
