@@ -84,7 +84,8 @@ class RolloutClient:
         top_p: float = 1.0,
         seed: int,
         stop_token_ids: Sequence[int],
-        numbers: Sequence[int] | None = None,
+        stream_ids: Sequence[int] | None = None,
+        may_drop: bool = False,
         on_group: Callable[[int, list[Sample]], None] | None = None,
     ) -> list[list[Sample]]:
         """Sample num_samples responses to every prompt.
@@ -100,19 +101,20 @@ class RolloutClient:
             top_p: nucleus of the sampling distribution, in (0, 1].
             seed: any integer; sample i of prompt k draws from a stream of its own.
             stop_token_ids: tokens that end a response, as its last token; only max_tokens ends one else.
-            numbers: the prompts' numbers k, for their seeds; None counts them from 0. Prompts that are sent
-                again to another server keep theirs.
+            stream_ids: number of each prompt's random stream; None = their positions. A part of a list asked
+                for with the numbers it has there gets what the whole list would give it.
+            may_drop: give up a prompt whose request ran past its time again and again while the server works.
             on_group: called in this thread with (prompt index, its samples) as soon as a prompt is done,
                 in the order in which prompts finish.
 
         Returns:
-            One list of num_samples samples a prompt, in the order of prompts; an empty one for a prompt that
-            was dropped because its request ran past its time again and again while the server works.
+            One list of num_samples samples a prompt, in the order of prompts; empty for a dropped prompt.
 
         Raises:
             ValueError: an argument is out of range.
             ServerFailed: the server died, or generates nothing any more.
-            RolloutError: it refused a request or gave an unusable answer.
+            RolloutError: it refused a request, gave an unusable answer, or took too long for a prompt that
+                may not be dropped.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}; it has to be at least 1")
@@ -136,8 +138,12 @@ class RolloutClient:
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
-        seeds = [prompt_seed(seed, k) for k in (range(len(prompts)) if numbers is None else numbers)]
-        return asyncio.run(self._generate([list(prompt) for prompt in prompts], common, seeds, on_group))
+        streams = range(len(prompts)) if stream_ids is None else stream_ids
+        seeds = [prompt_seed(seed, stream) for stream in streams]
+        if len(seeds) != len(prompts):
+            raise ValueError(f"stream_ids has {len(seeds)} numbers for {len(prompts)} prompts")
+        lists = [list(prompt) for prompt in prompts]
+        return asyncio.run(self._generate(lists, common, seeds, may_drop, on_group))
 
     def _check_prompt(self, index: int, prompt: Sequence[int], max_tokens: int) -> None:
         if len(prompt) == 0:
@@ -160,7 +166,8 @@ class RolloutClient:
         self,
         prompts: list[list[int]],
         common: dict[str, Any],
-        seeds: list[int],
+        seeds: Sequence[int],
+        may_drop: bool,
         on_group: Callable[[int, list[Sample]], None] | None,
     ) -> list[list[Sample]]:
         import aiohttp
@@ -173,6 +180,11 @@ class RolloutClient:
                 body = {**common, "prompt": prompt, "seed": seeds[index]}
                 answer = await self._ask_in_time(session, index, body)
                 if answer is _DROPPED:
+                    if not may_drop:
+                        times = 1 + self.request_retries
+                        raise _BadAnswer(
+                            f"prompt {index} took longer than {self.request_timeout_s:g} s, {times} time(s)"
+                        )
                     self.num_dropped += 1
                     continue
                 groups[index] = parse_completion(answer, tuple(prompt), common["n"])

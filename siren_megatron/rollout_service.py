@@ -122,10 +122,14 @@ class RolloutService:
         num_samples: int,
         max_tokens: int,
         temperature: float,
+        top_p: float = 1.0,
         seed: int,
         stop_token_ids: Sequence[int],
+        stream_ids: Sequence[int] | None = None,
+        may_drop: bool = False,
+        on_group: Callable[[int, list[Sample]], None] | None = None,
     ) -> list[list[Sample]]:
-        """On rank 0: `RolloutClient.generate`, whatever happens to the server meanwhile.
+        """On rank 0, while the others assist: `RolloutClient.generate`, whatever happens to the server.
 
         What a failed server has finished is kept; the rest is sent to its successor with the same seeds.
 
@@ -133,23 +137,32 @@ class RolloutService:
             RolloutError: a request was refused, or the server failed more often than it may.
         """
         groups: dict[int, list[Sample]] = {}
+        streams = list(range(len(prompts)) if stream_ids is None else stream_ids)
         while True:
-            numbers = [k for k in range(len(prompts)) if k not in groups]
+            missing = [k for k in range(len(prompts)) if k not in groups]
+
+            def keep(position: int, samples: list[Sample], missing: list[int] = missing) -> None:
+                groups[missing[position]] = samples
+                if on_group is not None:
+                    on_group(missing[position], samples)
+
             try:
                 got = self._client.generate(
-                    [prompts[k] for k in numbers],
+                    [prompts[k] for k in missing],
                     num_samples=num_samples,
                     max_tokens=max_tokens,
                     temperature=temperature,
+                    top_p=top_p,
                     seed=seed,
                     stop_token_ids=stop_token_ids,
-                    numbers=numbers,
-                    on_group=lambda at, samples, numbers=numbers: groups.update({numbers[at]: samples}),
+                    stream_ids=[streams[k] for k in missing],
+                    may_drop=may_drop,
+                    on_group=keep,
                 )
             except ServerFailed as failure:
                 self._restart(failure)
             else:
-                groups.update(zip(numbers, got, strict=True))
+                groups.update(zip(missing, got, strict=True))
                 return [groups[k] for k in range(len(prompts))]
 
     def update_weights(self) -> None:

@@ -56,7 +56,7 @@ class StopSignals:
             if not number:
                 continue
             if self._peer_failed is None:
-                _end_by(number)
+                _end_by(number)  # and on, where the launcher had the signal ignored
             elif self._peer_failed():
                 os._exit(1)
             self._received = self._received or number
@@ -76,3 +76,4 @@ def _end_by(number: int) -> None:
     number = signal.SIGTERM if number == _ORPHANED else number
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     os.kill(os.getpid(), number)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {number})

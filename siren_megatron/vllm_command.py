@@ -97,6 +97,7 @@ def server_arguments(options: ServerOptions, port: int, name: str) -> list[str]:
         # A checkpoint's generation_config.json would change top-k, top-p and the stop tokens silently.
         "--generation-config", "vllm",
         "--skip-tokenizer-init",
+        "--load-format", "safetensors",  # never a pickle
         "--weight-transfer-config", json.dumps({"backend": TRANSFER_BACKEND}),
         "--worker-extension-cls", WORKER_EXTENSION,
         "--disable-uvicorn-access-log",

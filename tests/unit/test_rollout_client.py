@@ -215,13 +215,17 @@ def test_a_prompt_that_is_too_slow_again_and_again_is_dropped_alone():
 
     with fake_server(slow_prompt) as url:
         try:
-            client = RolloutClient(url, 0.5, 4, request_retries=2)
-            groups = client.generate([[0, 9], [1, 9], [2, 9]], **ARGUMENTS)
+            dropping = RolloutClient(url, 0.5, 4, request_retries=2)
+            groups = dropping.generate([[0, 9], [1, 9], [2, 9]], **ARGUMENTS, may_drop=True)
+            client = RolloutClient(url, 0.5, 4)
+            with pytest.raises(RolloutError, match=r"prompt 1 took longer than 0.5 s, 1 time\(s\)"):
+                client.generate([[0, 9], [1, 9]], **ARGUMENTS)
         finally:
             release.set()
     assert [[sample.response_ids for sample in group] for group in groups] == [[(0, 9)], [], [(2, 9)]]
-    assert asked.count([1, 9]) == 3 and asked[-1] == [1], "at last one token is asked for: the server works"
-    assert (client.num_retries, client.num_dropped) == (2, 1)
+    assert asked.count([1, 9]) == 4 and asked.count([1]) == 2, "at last one token is asked for"
+    assert (dropping.num_retries, dropping.num_dropped) == (2, 1)
+    assert (client.num_retries, client.num_dropped) == (0, 0)
 
 
 def test_prompts_sent_again_keep_the_seeds_of_their_numbers():
@@ -232,7 +236,7 @@ def test_prompts_sent_again_keep_the_seeds_of_their_numbers():
         return echo(path, body)
 
     with fake_server(record) as url:
-        RolloutClient(url, 10, 2).generate([[7], [3]], **ARGUMENTS, numbers=[7, 3])
+        RolloutClient(url, 10, 2).generate([[7], [3]], **ARGUMENTS, stream_ids=[7, 3])
     assert seeds == {7: prompt_seed(0, 7), 3: prompt_seed(0, 3)}
 
 
