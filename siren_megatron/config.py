@@ -22,7 +22,7 @@ from siren_megatron.architecture import Architecture, Layout
 from siren_megatron.data_options import DataOptions, check_data
 from siren_megatron.method_options import CorrectionOptions, EntropyOptions, GrpoOptions, check_methods
 from siren_megatron.options import REQUIRED, flag, option
-from siren_megatron.rollout_options import RolloutOptions
+from siren_megatron.rollout_options import RolloutOptions, check_rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +250,7 @@ def check(config: Config, world_size: int | None = None) -> None:
         group_size=config.rollout.rollout_num_samples,
         max_response=config.rollout.rollout_max_response_length,
     )
+    check_rollout(config.rollout)
     _check_files(config)
 
 

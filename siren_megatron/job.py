@@ -28,7 +28,7 @@ from siren_megatron.platform import Platform, init_process_group
 from siren_megatron.policy_check import check_logprobs
 from siren_megatron.prompts import Prompt, load_data_tokenizer, load_dataset, make_cursor
 from siren_megatron.redraw import sample_with_redraws
-from siren_megatron.rewards import RewardPool
+from siren_megatron.reward_pool import RewardPool, RewardPoolError
 from siren_megatron.rollout import RolloutError
 from siren_megatron.rollout_service import RolloutService, server_options
 from siren_megatron.signals import StopSignals, describe
@@ -40,7 +40,7 @@ CHECK_TOKENS = 8
 """Response tokens that vLLM and the trainer compare after each weight update."""
 
 
-_ONE_LINE = (RolloutError, WeightSyncError, NonFiniteError)
+_ONE_LINE = (RolloutError, WeightSyncError, NonFiniteError, RewardPoolError)
 
 
 class Job:

@@ -201,7 +201,8 @@ class RolloutClient:
 
         # A fresh session for every call: an idle connection from the last step may be half closed by now.
         settings: dict[str, Any] = {
-            "connector": aiohttp.TCPConnector(limit=0),
+            # A connection for each request: the server closes idle ones, perhaps just as one is used again.
+            "connector": aiohttp.TCPConnector(limit=0, force_close=True),
             "timeout": aiohttp.ClientTimeout(total=self.request_timeout_s),
             "headers": bearer(None if self._server is None else self._server.api_key),
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from dataclasses import dataclass
 
 from siren_megatron.options import option
@@ -38,3 +40,20 @@ class RolloutOptions:
         "0 = 0.01 in float32 and 0.5 in bfloat16",
         minimum=0,
     )
+
+
+def check_rollout(options: RolloutOptions) -> None:
+    """Refuse what vLLM could not do, on the machine where it will be started.
+
+    Raises:
+        ValueError: one line that names the option.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    host = options.rollout_host
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((host, 0))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--rollout-host {host!r} is no address of this machine: {error}") from None

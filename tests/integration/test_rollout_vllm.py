@@ -10,10 +10,12 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from siren_megatron.http_json import http_json
 from siren_megatron.rollout import RolloutClient, RolloutError, RolloutServer, ServerOptions
 from siren_megatron.weight_sync import WeightPublisher, WeightSyncError
 
@@ -153,6 +155,32 @@ def tied_and_untied(tmp_path_factory):
 @pytest.fixture(params=["untied", "tied"])
 def served(request, tied_and_untied):
     return tied_and_untied[request.param]
+
+
+# A few of many: the guard knows no paths.
+ENDPOINTS = """GET /health;GET /metrics;GET /v1/models;GET /is_paused;GET /openapi.json;GET /nowhere
+POST /v1/completions;POST /pause?mode=wait;POST /collective_rpc;POST /update_weights;POST /reset_prefix_cache
+OPTIONS /pause""".replace("\n", ";").split(";")
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_no_endpoint_answers_without_the_key(served, endpoint):
+    method, path = endpoint.split()
+    for key in (None, "guess", served.server.api_key[:-1]):
+        assert http_json(served.server.url, method, path, timeout_s=10.0, key=key)[0] == 401
+    assert served.server.request("GET", "/is_paused", timeout_s=10.0) == (200, {"is_paused": False})
+
+
+def test_nobody_else_can_reach_the_server_or_see_its_key(served):
+    for pid in group_members(served.server.pid):
+        assert served.server.api_key.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        for connection in psutil.Process(pid).net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                assert connection.laddr.ip in ("127.0.0.1", "::1"), (
+                    connection,
+                    psutil.Process(pid).cmdline(),
+                )
+    assert served.server.api_key not in served.server.options.log_file.read_text()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
