@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from siren_megatron import countdown
@@ -82,6 +82,36 @@ def test_damaged_parquet(tmp_path, data):
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(damaged(path.read_bytes(), data))
     refused_in_one_line(validate_prompt_file, broken)
+
+
+@settings(FILES, max_examples=100)
+@given(st.text(st.characters(categories=["L", "N", "P", "Z", "C", "S"], codec=None), min_size=1, max_size=8))
+@example("\ud800")
+def test_what_a_prompt_file_gives_is_text_that_can_be_written(tmp_path, text):
+    """JSON can spell half a character, which no tokenizer takes."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"problem": text, "answer": "1"}) + "\n")
+    if refused_in_one_line(validate_prompt_file, path) is not None:
+        text.encode()
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{% for %}", "{{ messages[9].content }}", "{{ raise_exception('a\nb') }}"]
+)
+def test_a_broken_chat_template_is_one_line(tmp_path, template):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from siren_megatron.prompts import load_prompts
+
+    plain = Tokenizer(models.WordLevel({"<eos>": 0, "?": 1}, unk_token="?"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", unk_token="?")
+    tokenizer.chat_template = template
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n")
+    with pytest.raises(ValueError, match="line 1: the tokenizer's chat template fails on it") as caught:
+        load_prompts(path, tokenizer, max_prompt_length=64)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 # ---------------------------------------------------------------- checkpoints
