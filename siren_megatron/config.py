@@ -24,6 +24,7 @@ from siren_megatron.data_options import DataOptions, check_data
 from siren_megatron.method_options import CorrectionOptions, EntropyOptions, GrpoOptions, check_methods
 from siren_megatron.options import REQUIRED, flag, option
 from siren_megatron.placement import parse_devices
+from siren_megatron.rollout_options import RolloutOptions, check_rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,33 +92,12 @@ class TrainOptions:
     adam_beta2: float = option(0.999, "AdamW's beta 2", minimum=0, maximum=1)
     adam_eps: float = option(1e-8, "AdamW's epsilon", above=0)
     clip_grad: float = option(1.0, "largest global gradient norm; 0 = no clipping", minimum=0)
+    max_consecutive_skips: int = option(
+        3,
+        "updates in a row with a non-finite loss or gradient, all of them skipped, after which the run stops",
+        minimum=1,
+    )
     seed: int = option(1234, "seed of prompts, sampling and initialisation", minimum=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutOptions:
-    rollout_batch_size: int = option(32, "prompts of one step", minimum=1)
-    rollout_num_samples: int = option(8, "responses of one prompt (the group)", minimum=1)
-    rollout_max_response_length: int = option(3072, "most tokens of a response", minimum=1)
-    rollout_temperature: float = option(1.0, "sampling temperature", above=0)
-    rollout_max_in_flight: int = option(8, "requests that wait at the server at a time", minimum=1)
-    rollout_kv_cache_mb: int = option(256, "vLLM's KV cache on a CPU, in MiB", minimum=16)
-    rollout_gpu_memory_utilization: float = option(
-        0.5, "share of a GPU's memory that vLLM takes", above=0, maximum=1
-    )
-    rollout_devices: str | None = option(
-        None,
-        "GPUs of the first node that the vLLM server has for itself, such as 4,5,6,7 (its tensor-parallel "
-        "size is their number); default: it shares the first rank's GPU",
-    )
-    rollout_start_timeout: float = option(300.0, "seconds for the server to become ready", above=0)
-    rollout_request_timeout: float = option(600.0, "seconds for one generation request", above=0)
-    rollout_logprob_tolerance: float = option(
-        0.0,
-        "largest mean difference of vLLM's and the trainer's log-probs, in nats, before the run stops; "
-        "0 = 0.01 in float32 and 0.5 in bfloat16",
-        minimum=0,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +247,7 @@ def check(config: Config, world_size: int | None = None) -> None:
         ValueError: one line that names the option.
     """
     check_plan(config, read_hf_config(config.model.hf_checkpoint), world_size)
+    check_rollout(config.rollout)
     _check_files(config)
 
 
@@ -401,7 +382,7 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"--hf-checkpoint {directory} holds no *.safetensors file")
     try:
         architecture = json.loads(path.read_text())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(architecture, dict):
         raise ValueError(f"{path} is not a JSON object")

@@ -79,6 +79,10 @@ WRONG = [
     (["--prompt-template", "{prompt}", "--prompt-system", "s"], "--prompt-template and --prompt-system"),
     (["--reward", "math", "--reward-function", "r.py:f"], "--reward math and --reward-function r.py:f"),
     (["--reward-function", "no-such.py:f"], "--reward-function no-such.py:f: No such file"),
+    (["--rollout-host", "192.0.2.1"], "--rollout-host '192.0.2.1' is no address of this machine"),
+    (["--rollout-host", "no such host"], "--rollout-host 'no such host' is no address of this machine"),
+    (["--rollout-max-restarts", "-1"], "--rollout-max-restarts must be at least 0, got -1"),
+    (["--max-consecutive-skips", "0"], "--max-consecutive-skips must be at least 1, got 0"),
     (["--tokenizer", "no-such.model"], "--tokenizer no-such.model: no such directory or file"),
 ]  # fmt: skip
 
