@@ -21,6 +21,7 @@ from typing import Any
 from siren_megatron import checkpoint_files
 from siren_megatron.architecture import Architecture, Layout
 from siren_megatron.data_options import DataOptions, check_data
+from siren_megatron.evaluation_options import EvaluationOptions, check_evaluation
 from siren_megatron.method_options import CorrectionOptions, EntropyOptions, GrpoOptions, check_methods
 from siren_megatron.options import REQUIRED, flag, option
 from siren_megatron.placement import parse_devices
@@ -125,6 +126,7 @@ GROUPS = {
     "correction": CorrectionOptions,
     "rollout": RolloutOptions,
     "data": DataOptions,
+    "evaluation": EvaluationOptions,
     "run": RunOptions,
 }
 
@@ -141,6 +143,7 @@ class Config:
     correction: CorrectionOptions
     rollout: RolloutOptions
     data: DataOptions
+    evaluation: EvaluationOptions
     run: RunOptions
 
     @classmethod
@@ -423,6 +426,12 @@ def _check_files(config: Config) -> None:
     if pretrained is not None and not (pretrained / "metadata.json").is_file():
         raise ValueError(f"--pretrained-checkpoint {pretrained} is no Megatron distributed checkpoint")
     check_data(config.data)
+    check_evaluation(
+        config.evaluation,
+        prompt_key=config.data.prompt_key,
+        answer_key=config.data.prompt_answer_key,
+        seq_length=config.train.seq_length,
+    )
     if run.load is not None and run.overwrite:
         raise ValueError("--load and --overwrite contradict each other")
     if run.load is not None and not checkpoint_files.finished(run.load / "checkpoints"):

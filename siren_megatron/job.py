@@ -36,6 +36,7 @@ from siren_megatron.rollout_service import RolloutService, server_options
 from siren_megatron.signals import StopSignals, describe
 from siren_megatron.tokenizer import replace_tokenizer_files
 from siren_megatron.trainer import Trainer, initialize_model_parallel
+from siren_megatron.training_evaluation import TrainingEvaluation
 from siren_megatron.weight_sync import WeightSyncError
 
 CHECK_TOKENS = 8
@@ -150,6 +151,8 @@ class Job:
             data.reward_name, num_workers=data.reward_num_workers, time_limit_s=data.reward_time_limit
         )
         self._stack.callback(self.rewards.close)
+        self.evaluation = TrainingEvaluation(config, self.tokenizer, self.rewards)
+        self._stack.callback(self.evaluation.close)
 
     def _make_logger(self) -> MetricsLogger:
         run = self.config.run
@@ -332,6 +335,14 @@ class Job:
             when=when,
         )
 
+    def evaluate_if_due(self) -> None:
+        """Sample and grade the benchmarks every `--eval-interval` steps; `log` records it with the step."""
+        self.rollouts.lead()
+        if self.is_main and self.evaluation.is_due(self.step):
+            with self.timer.stage("eval"):
+                self.evaluation.run(self.step, self.rollouts, self.logger.print)
+        self.rollouts.assist()
+
     # ---------------------------------------------------------------- record
 
     @property
@@ -354,6 +365,7 @@ class Job:
                 "siren/entropy_masked": self.trainer.masked_entropy(batch),
                 self._anchor_name: self.trainer.entropy.target(self.entropy_anchor),
                 **self.sampling_metrics,
+                **self.evaluation.metrics_of(self.step),
                 **metrics,
                 "response_length": tokens / batch.num_responses,
                 "rollout_logprob_diff": float(
