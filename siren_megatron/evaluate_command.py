@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from siren_megatron.sample_files import SampleWriter, read_samples
 from siren_megatron.terminal import CountProgress
 
 _STEP = re.compile(r"step_(\d+)")
+_KEY = "VLLM_API_KEY"  # of a server that was started elsewhere, as vLLM itself reads it
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -227,7 +229,11 @@ def _evaluate(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         longest = max(len(p.token_ids) for b in benchmarks for p in b.dataset.prompts)
         if options.server is not None:
             client = RolloutClient(
-                options.server, options.request_timeout, options.max_in_flight, model=model
+                options.server,
+                options.request_timeout,
+                options.max_in_flight,
+                model=model,
+                api_key=os.environ.get(_KEY),
             )
         else:
             client = _serve(options, stack, checkpoint, config, longest + sampling.max_tokens)
@@ -257,7 +263,7 @@ def _evaluate(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
 def _ask_server(url: str) -> tuple[str, int | None, Path | None]:
     """(model's name, its context in tokens, its directory where that is here) of a running vLLM."""
     try:
-        status, answer = http_json(url, "GET", "/v1/models", timeout_s=30)
+        status, answer = http_json(url, "GET", "/v1/models", timeout_s=30, key=os.environ.get(_KEY))
         model = answer["data"][0] if status == 200 else None
     except (OSError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"--server {url}: no vLLM answers there: {error}") from error

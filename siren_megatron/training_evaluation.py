@@ -83,11 +83,11 @@ class TrainingEvaluation:
 
         Args:
             step: of the policy. Rows of later steps, of a run that is resumed here, are dropped.
-            client: of the run's server.
+            client: the run's RolloutService.
             say: prints a line.
 
         Raises:
-            RolloutError: as the client.
+            RolloutError: as the service.
         """
         row: dict[str, Any] = {"step": step}
         metrics: dict[str, float] = {}

@@ -45,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="a Hugging Face checkpoint, a Megatron checkpoint, or a run's directory (its newest checkpoint)",
     )
-    source.add_argument("--server", metavar="URL", help="a running vLLM, http://host:port")
+    source.add_argument(
+        "--server", metavar="URL", help="a running vLLM, http://host:port; its key in VLLM_API_KEY"
+    )
     source.add_argument(
         "--from-samples",
         type=Path,

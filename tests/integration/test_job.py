@@ -234,9 +234,9 @@ def test_killing_the_trainer_leaves_no_vllm_behind(toy_checkpoint, tmp_path):
         wait_until(lambda: not processes_mentioning(str(save)), 30, "every process of the run ended")
 
 
-def test_killing_vllm_ends_the_job_with_one_clear_line(toy_checkpoint, tmp_path):
+def test_killing_vllm_ends_a_job_without_restarts_with_one_clear_line(toy_checkpoint, tmp_path):
     save = tmp_path / "run"
-    with started_job(toy_options(toy_checkpoint, save, num_steps=1000)) as job:
+    with started_job(toy_options(toy_checkpoint, save, num_steps=1000, rollout_max_restarts=0)) as job:
         wait_until(
             lambda: (save / "metrics.jsonl").exists() and read_metrics(save / "metrics.jsonl"), 180, "step"
         )

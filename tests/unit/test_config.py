@@ -83,6 +83,10 @@ WRONG = [
     (["--eval-data", "no-such-file", "--eval-interval", "5"], "--eval-data no-such-file: No such file"),
     (["--eval-data", "no-such-file"], "--eval-data needs --eval-interval or --eval-at-start"),
     (["--eval-top-p", "0"], "--eval-top-p must be greater than 0, got 0.0"),
+    (["--rollout-host", "192.0.2.1"], "--rollout-host '192.0.2.1' is no address of this machine"),
+    (["--rollout-host", "no such host"], "--rollout-host 'no such host' is no address of this machine"),
+    (["--rollout-max-restarts", "-1"], "--rollout-max-restarts must be at least 0, got -1"),
+    (["--max-consecutive-skips", "0"], "--max-consecutive-skips must be at least 1, got 0"),
     (["--tokenizer", "no-such.model"], "--tokenizer no-such.model: no such directory or file"),
 ]  # fmt: skip
 
@@ -121,7 +125,7 @@ def test_an_existing_run_is_not_touched_unless_told(files, capsys):
         in capsys.readouterr().err
     )
     assert parse_args(arguments(files, "--overwrite")).run.overwrite
-    (files["save"] / "checkpoints").mkdir()
+    (files["save"] / "checkpoints" / "step_000001").mkdir(parents=True)
     assert parse_args(arguments(files, "--load", str(files["save"]))).run.load == files["save"]
 
 
