@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from importlib import metadata
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
+from siren_megatron import checkpoint_files
 from siren_megatron.data_options import DataOptions, check_data_rendering, check_reward_function
 from siren_megatron.evaluate import (
     SAMPLES_DIRECTORY,
@@ -35,7 +35,6 @@ from siren_megatron.rollout import RolloutClient, RolloutServer, ServerOptions
 from siren_megatron.sample_files import SampleWriter, read_samples
 from siren_megatron.terminal import CountProgress
 
-_STEP = re.compile(r"step_(\d+)")
 _KEY = "VLLM_API_KEY"  # of a server that was started elsewhere, as vLLM itself reads it
 
 
@@ -126,11 +125,10 @@ def find_checkpoint(path: Path, config_from: Path | None) -> tuple[Path, Path | 
         return path, None
     found = path
     if (path / "checkpoints").is_dir():
-        steps = [entry for entry in (path / "checkpoints").iterdir() if _STEP.fullmatch(entry.name)]
-        steps = [entry for entry in steps if (entry / "metadata.json").is_file()]
+        steps = checkpoint_files.candidates(path / "checkpoints")
         if not steps:
             raise ValueError(f"--checkpoint {path} holds no finished checkpoint")
-        found = max(steps, key=lambda entry: int(_STEP.fullmatch(entry.name)[1]))
+        found = steps[0]
     if not (found / "metadata.json").is_file():
         raise ValueError(f"--checkpoint {path} is neither a Hugging Face nor a Megatron checkpoint nor a run")
     for candidate in (config_from, found / "hf", path / "hf"):

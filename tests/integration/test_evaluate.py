@@ -34,7 +34,9 @@ def server(checkpoint, tmp_path_factory):
     options = ServerOptions(checkpoint, tmp_path_factory.mktemp("server") / "vllm.log", max_model_len=64)
     with RolloutServer.start(options) as server:
         server.wait_ready()
-        yield server
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("VLLM_API_KEY", server.api_key)
+            yield server
 
 
 def arguments(checkpoint, output, *source, **more):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from siren_megatron.evaluate_command import find_checkpoint
 from siren_megatron.evaluation_report import summarise, write_files
 from siren_megatron.graded import GradedProblem, Grader, Problem
 from siren_megatron.sample_files import SampleWriter, read_samples
@@ -170,3 +171,28 @@ def test_wrong_options_end_with_one_line(tmp_path, capsys, arguments, message):
     error = capsys.readouterr().err
     assert message in error and error.startswith("evaluate.py: error:") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_checkpoint_that_a_path_stands_for(tmp_path):
+    run = tmp_path / "run"
+    for step in (2, 10):
+        checkpoint = run / "checkpoints" / f"step_{step:06d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "metadata.json").write_text("{}")
+    (run / "checkpoints" / "step_000012.partial").mkdir()
+    newest = run / "checkpoints" / "step_000010"
+    with pytest.raises(ValueError, match="--checkpoint .*step_000010 holds no config.json.*--config-from"):
+        find_checkpoint(run, None)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    assert find_checkpoint(run, model) == (newest, model)
+    (run / "hf").mkdir()
+    (run / "hf" / "config.json").write_text("{}")
+    assert find_checkpoint(run, None) == (newest, run / "hf")
+    assert find_checkpoint(newest, model) == (newest, model)
+    (model / "model.safetensors").touch()
+    assert find_checkpoint(model, None) == (model, None)
+    (run / "checkpoints" / "step_000010" / "metadata.json").unlink()
+    with pytest.raises(ValueError, match="neither a Hugging Face nor a Megatron checkpoint nor a run"):
+        find_checkpoint(run, None)
