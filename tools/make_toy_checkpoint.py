@@ -30,7 +30,7 @@ from siren_megatron.prompts import data_fingerprint, read_jsonl_field  # noqa: E
 
 RECIPE_FILE = "toy_checkpoint.json"
 RECIPE_VERSION = 3
-REWRITE_STEPS = 1100  # of the warm-up
+REWRITE_STEPS = 600  # of the warm-up: avg@32 about 0.2 and pass@32 above 0.95, so that there is much to learn
 TASKS = {"countdown": countdown, "rewrite": rewrite}
 
 
