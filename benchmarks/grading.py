@@ -6,7 +6,7 @@
 The pairs: every response of tests/data's tables against its own answer and against answers of other rows, all
 different, so that no cache helps more than within one table; and texts on which a computer algebra system
 hangs. Graded by the reward `math` in worker processes, as in training. Agreement is that of the tables'
-verdicts, which people wrote; math-verify alone, on the same texts, stands beside it.
+verdicts, written by hand; math-verify alone, on the same texts, stands beside it.
 """
 
 from __future__ import annotations
@@ -186,7 +186,8 @@ def markdown(results: dict) -> str:
         f"| math-verify for every pair, none hanging | {alone['pairs']} "
         f"| {alone['pairs'] / alone['gradings_per_s']:.1f} | {alone['gradings_per_s']:.0f} | |",
         "",
-        "Agreement with the verdicts that people wrote into the tables:",
+        "Agreement with the tables' verdicts, written by hand. What disagreed at first sight was mended since",
+        "(docs/evaluation.md):",
         "",
         "| table | pairs | this grader | wrongly right | wrongly wrong | math-verify alone |",
         "|---|---|---|---|---|---|",
