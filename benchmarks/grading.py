@@ -186,7 +186,7 @@ def markdown(results: dict) -> str:
         f"| math-verify for every pair, none hanging | {alone['pairs']} "
         f"| {alone['pairs'] / alone['gradings_per_s']:.1f} | {alone['gradings_per_s']:.0f} | |",
         "",
-        "Agreement with the tables' verdicts, written by hand. What disagreed at first sight was mended since",
+        "Agreement with the tables' verdicts, written by hand; what disagreed at first was mended since",
         "(docs/evaluation.md):",
         "",
         "| table | pairs | this grader | wrongly right | wrongly wrong | math-verify alone |",

@@ -341,6 +341,8 @@ class Job:
         if self.is_main and self.evaluation.is_due(self.step):
             with self.timer.stage("eval"):
                 self.evaluation.run(self.step, self.rollouts, self.logger.print)
+            if self.step == 0:
+                self.timer.pop()  # the first step's times are its own
         self.rollouts.assist()
 
     # ---------------------------------------------------------------- record

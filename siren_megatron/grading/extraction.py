@@ -40,9 +40,11 @@ _KIND_BRACKET = re.compile(r"[(\[].*,.*[)\]]", re.DOTALL)
 _PLAIN_BRACKET = re.compile(r"[(\[][^()\[\]\n]{1,80},[^()\[\]\n]{1,80}[)\]]")
 _PLAIN_LIST = re.compile(r"(?:,\s*(?:and|or)?|\band\b|\bor\b|\s)*", re.IGNORECASE)
 _ASIDE = re.compile(
-    r",?\s+(?:which is |and is )?(?:attained|achieved|reached|obtained|occurring|when|where)\b[^.\n]*[.\s]*$",
-    re.IGNORECASE,
+    r"(?<=[^\s.]),?[ ](?:which is |and is )?"
+    r"(?:attained|achieved|reached|obtained|occurring|when|where)\b[^.\n]*[.\s]*$"
 )
+# The result of a computation: 9 + 6 = 15, but not x = 15.
+_COMPUTED = re.compile(r"[\d%)]\s*(?:[A-Za-z]+\s*)?=\s*\\?[$€£]?\s*(?=[-−.\d])")
 _THOUSANDS = re.compile(r"[$\\]*[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _YES_NO = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
 
@@ -183,6 +185,10 @@ def _last_statement(response: str, kind: str) -> str | None:
         return brackets.group()
     if kind == "list" and "$" not in last_line and (numbers := _last_numbers(_ASIDE.sub("", last_line))):
         return ", ".join(numbers)
+    last_sentence = re.split(r"(?<=[^\d\s])[.!?]\s+|(?<=\d)[.!?]\s+(?=[A-Z])", last_line.rstrip(" .!"))[-1]
+    computed = _last_match(_COMPUTED, last_sentence) if "\\" not in last_line else None
+    if computed is not None and (number := _NUMBER.match(last_sentence, computed.end())):
+        return number.group()
     return _last_value(text)
 
 

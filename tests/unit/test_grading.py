@@ -99,6 +99,18 @@ def test_a_benchmarks_answers_in_changed_spelling(shared_data, name):
     assert mistaken == []
 
 
+def test_gsm8ks_own_solutions(shared_data):
+    lines = (shared_data / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    solutions = [json.loads(line)["answer"] for line in lines]
+    golds = [solution.rpartition("####")[2].strip() for solution in solutions]
+    assert all(grade(text, gold) for text, gold in zip(solutions, golds, strict=True))
+    # Without the mark before the answer, as models that were not told of it write.
+    plain = [re.sub(r"<<.*?>>", "", solution.rpartition("####")[0]) for solution in solutions]
+    found = sum(grade(text, gold) for text, gold in zip(plain, golds, strict=True))
+    print(f"GSM8K: {found:.0f} of {len(golds)} without their mark")
+    assert found >= 1300
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
