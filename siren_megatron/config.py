@@ -120,6 +120,15 @@ class RunOptions:
     overwrite: bool = option(False, "replace an existing --save directory")
     save_interval: int = option(0, "steps between checkpoints; 0 = only at the end", minimum=0)
     log_interval: int = option(1, "steps between printed lines where there is no progress bar", minimum=1)
+    record_interval: int = option(
+        0,
+        "steps between records of a few responses token by token (tokens.jsonl, for the report); the first "
+        "and the last step have one as well; 0 = a tenth of the run",
+        minimum=0,
+    )
+    record_prompts: int = option(
+        4, "prompts of such a record, up to four responses each; 0 = no records", minimum=0
+    )
     tensorboard_dir: Path | None = option(None, "write TensorBoard events here", type=Path)
     wandb_project: str | None = option(None, "log to this Weights & Biases project (WANDB_MODE holds)")
     check: bool = option(False, "check the options and end: nothing is loaded or written")
@@ -188,6 +197,12 @@ class Config:
     def logprob_tolerance(self) -> float:
         """Largest mean |log-prob difference| of rollout engine and trainer, in nats."""
         return self.rollout.rollout_logprob_tolerance or (0.5 if self.model.bf16 else 0.01)
+
+
+def option_defaults() -> dict[str, Any]:
+    """Default of every option by its field name, as `Config.flat` writes it; without the required ones."""
+    fields = (field for group in GROUPS.values() for field in dataclasses.fields(group))
+    return {f.name: _as_plain(f.default) for f in fields if f.default is not REQUIRED}
 
 
 def _as_plain(value: Any) -> Any:

@@ -25,6 +25,7 @@ from siren_megatron.platform import Platform, init_process_group
 from siren_megatron.prompts import Prompt, load_data_tokenizer, load_dataset, make_cursor
 from siren_megatron.rewards import RewardPool
 from siren_megatron.rollout import RolloutClient, RolloutError, RolloutServer, ServerOptions
+from siren_megatron.token_record import TokenRecorder
 from siren_megatron.tokenizer import replace_tokenizer_files
 from siren_megatron.trainer import Trainer, initialize_model_parallel
 from siren_megatron.weight_sync import WeightPublisher, WeightSyncError
@@ -56,6 +57,7 @@ class Job:
         self.step = 0
         self.entropy_anchor: float | None = None
         self.sampling_metrics: dict[str, float] = {}
+        self.recorder = TokenRecorder(config)
         self._stack = contextlib.ExitStack()
         self._built = False
 
@@ -110,6 +112,7 @@ class Job:
             self.logger = self._stack.enter_context(self._make_logger())
             if self.step:
                 self.logger.truncate_after(self.step)
+            self.recorder.open(self.step, self.tokenizer, self.dataset.prompts)
         self.timer = StageTimer()
         # The server has loaded --hf-checkpoint's weights.
         if self.step or config.model.pretrained_checkpoint is not None:
@@ -260,6 +263,7 @@ class Job:
         )
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
+        self.recorder.record(self.step + 1, batch, self.trainer)
         with self.timer.stage("train"):
             metrics = self.trainer.update(batch, self.entropy_anchor, step=self.step)
         self.step += 1
