@@ -29,19 +29,20 @@ class Page:
     """The page of a browser.
 
     Attributes:
-        requests: addresses that were asked for, in their order.
-        complaints: exceptions, console messages and log entries (refusals of the content policy among them).
+        requests: addresses asked for since `open`, that of the page first.
+        complaints: since `open`: exceptions, console messages, log entries (refusals of the content policy).
     """
 
     def __init__(self, socket: Any) -> None:
         self._socket, self._number, self._session = socket, 0, None
         self.requests: list[str] = []
         self.complaints: list[str] = []
-        self._loaded = False
+        self._loaded: set[str] = set()  # loads that are done
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
 
     def call(self, method: str, timeout: float = 20.0, **params: Any) -> dict[str, Any]:
         """Answer of a DevTools command; RuntimeError where it fails."""
@@ -62,8 +63,8 @@ class Page:
         method, params = event.get("method"), event.get("params", {})
         if method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
-        elif method == "Page.loadEventFired":
-            self._loaded = True
+        elif method == "Page.lifecycleEvent" and params["name"] == "load":
+            self._loaded.add(params["loaderId"])
         elif method == "Runtime.exceptionThrown":
             self.complaints.append(json.dumps(params["exceptionDetails"]))
         elif method == "Runtime.consoleAPICalled":
@@ -73,9 +74,9 @@ class Page:
 
     def open(self, path: Path) -> None:
         """Load a file, to the end of its scripts."""
-        self._loaded = False
-        self.call("Page.navigate", url=path.resolve().as_uri())
-        while not self._loaded:
+        self.requests, self.complaints = [], []
+        loader = self.call("Page.navigate", url=path.resolve().as_uri())["loaderId"]
+        while loader not in self._loaded:
             self._note(json.loads(self._socket.recv(timeout=20)))
 
     def run(self, expression: str) -> Any:

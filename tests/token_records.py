@@ -42,6 +42,8 @@ class Policy:
         # Some tokens are followed by many others, some by one.
         scale = sharpness * torch.rand(vocab_size, 1, generator=generator)
         self.table = scale * torch.randn(vocab_size, vocab_size, generator=generator)
+        # And some by three likely ones and a long tail: much entropy in all, little in the nucleus.
+        self.table[:, :3] += 2 * sharpness * torch.rand(vocab_size, 1, generator=generator)
 
     def logits(self, batch: TrainBatch) -> torch.Tensor:
         """[N, S, V]"""
