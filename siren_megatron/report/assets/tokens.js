@@ -6,7 +6,7 @@ const recordBox = document.getElementById("record"), topP = document.getElementB
 let record, current = null;
 
 const level = h => Math.min(LEVELS, Math.round(LEVELS * (h ?? 0) / records.scale));
-const quoted = text => text === "" ? "(part of a character)" : "“" + text.replaceAll("\n", "⏎") + "”";
+const quoted = text => text === "" ? "(no text of its own)" : "“" + text.replaceAll("\n", "⏎") + "”";
 const kind = () => topP.checked ? "top_p_entropy" : "entropy";
 const percent = (part, whole) => (100 * part / (whole || 1)).toLocaleString("en", {maximumFractionDigits: 1}) + " %";
 const sum = list => list.reduce((a, b) => a + b, 0);
