@@ -28,6 +28,7 @@ MAX_TOKENS = 8192  # of a record
 MAX_RESPONSE_TOKENS = 2048  # shown of a response
 MAX_PROMPT_CHARACTERS = 4000
 SHOWN_TOKENS = 6  # written at most
+OFTEN_TOKENS = 16  # those most often in the peak mask
 SHOWN_MASS = 0.99  # the likeliest tokens are written until they reach this
 AUTO_RECORDS = 10  # of a run, where no interval is given
 POSITION_BINS = 64
@@ -125,6 +126,13 @@ class TokenRecorder:
         return {
             "regularised": {name: _rounded(masked_entropy(*m).double().mean()) for name, m in masks.items()},
             "positions": position_histogram(batch, peak, full_peak, width=width),
+            "often": {
+                name: [
+                    [candidate_text(self._tokenizer, token), *counts]
+                    for token, *counts in most_chosen(batch.labels[batch.loss_mask], mask[batch.loss_mask])
+                ]
+                for name, mask in (("entropy", full_peak), ("top_p_entropy", peak))
+            },
         }
 
     def _responses(self, batch: TrainBatch, top_ids: Tensor, top_logprobs: Tensor) -> dict[str, Any]:
@@ -266,6 +274,20 @@ def position_histogram(batch: TrainBatch, peak: Tensor, full_peak: Tensor, *, wi
             triples = torch.stack([unique // ENTROPY_BINS, unique % ENTROPY_BINS, counts], dim=1)
             result["histograms"][name + suffix] = triples.flatten().tolist()
     return result
+
+
+def most_chosen(tokens: Tensor, chosen: Tensor, limit: int = OFTEN_TOKENS) -> list[list[int]]:
+    """The tokens that stand most often where a mask chooses: [id, times chosen, times in all], most first.
+
+    Args:
+        tokens: [T] ids.
+        chosen: [T] bool.
+    """
+    ids, places = tokens.unique(return_inverse=True)
+    often = torch.bincount(places[chosen], minlength=len(ids))
+    order = often.sort(descending=True, stable=True).indices[:limit]
+    rows = torch.stack([ids, often, torch.bincount(places)], dim=1)[order]
+    return rows[rows[:, 1] > 0].tolist()
 
 
 def token_texts(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> list[str]:

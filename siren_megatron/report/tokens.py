@@ -28,6 +28,7 @@ sampled the responses, before the step's update.</p>
 <div class="card" id="positions"></div>
 <details><summary>The same as a table</summary>
 <div class="card wide"><table class="numbers" id="positions-table"></table></div></details>
+<div id="often"></div>
 <h3 id="responses-title">Prompts and responses, token by token</h3>
 <p>Point at a token, or reach a response with the tab key and go through it with the arrow keys: its
 entropies, its nucleus and the likeliest tokens there.</p>

@@ -156,6 +156,8 @@ def test_another_step_is_chosen_by_keyboard(page, records):
     assert page.run("record.step") == 1 == first["step"]
     assert page.run(histogram) == len(first["positions"]["histograms"]["top_p_entropy_peaks"]) // 3
     assert f"H̄ = {first['regularised']['top_p_entropy_peaks']}" in text_of(page, "#summary")
+    often = page.run("[...document.querySelectorAll('.often li')].map(li => li.textContent)")
+    assert often == [f"“{t}” {n} of {m}".replace("\n", "⏎") for t, n, m in first["often"]["top_p_entropy"]]
     rows = page.run(
         "[...document.querySelectorAll('#positions-table tbody tr')].map(r => r.cells[1].textContent)"
     )

@@ -17,6 +17,7 @@ from siren_megatron.token_record import (
     TokenRecorder,
     candidate_text,
     choose_rows,
+    most_chosen,
     nucleus_size,
     position_histogram,
     token_texts,
@@ -136,6 +137,14 @@ def test_histogram_counts_every_token_once(tmp_path, tokenizer):
         peaks = list(zip(*[iter(where["histograms"][name + "_peaks"])] * 3, strict=True))
         assert [sum(n for p, _, n in peaks if p == i) for i in range(7)] == where[of]
         assert sum(where[of]) == sum(len(v[v > torch.quantile(v, 0.8)]) for v in rows)
+
+
+def test_tokens_most_often_in_the_mask():
+    tokens = torch.tensor([7, 7, 3, 9, 3, 3, 5, 9, 9])
+    chosen = torch.tensor([1, 1, 1, 0, 0, 1, 1, 0, 0], dtype=torch.bool)
+    assert most_chosen(tokens, chosen) == [[3, 2, 3], [7, 2, 2], [5, 1, 1]]
+    assert most_chosen(tokens, chosen, limit=1) == [[3, 2, 3]]
+    assert most_chosen(tokens, ~chosen.logical_or(~chosen)) == []
 
 
 def test_wide_bins_and_entropies_that_are_no_number(tokenizer):

@@ -96,6 +96,13 @@ function drawPositions() {
     element("thead", {}, element("tr", {}, ...heads.map(head => element("th", {scope: "col"}, head)))), body);
 }
 
+function listOften() {
+  const chips = record.often[kind()].map(([text, chosen, all]) => element("li", {},
+    element("code", {}, quoted(text)), element("span", {class: "muted"}, ` ${count(chosen)} of ${count(all)}`)));
+  document.getElementById("often").replaceChildren(
+    element("h3", {}, "Tokens that stand most often in the peak mask"), element("ul", {class: "often"}, ...chips));
+}
+
 // ---------------------------------------------------------------- responses
 
 function tokenElements(response) {
@@ -211,6 +218,7 @@ function applySwitches() {
   point(null);
   summarise();
   drawPositions();
+  listOften();
 }
 
 function showRecord(index) {
