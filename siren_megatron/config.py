@@ -428,6 +428,8 @@ def _check_architecture(config: Config, hf_config: dict[str, Any]) -> None:
 
 def _check_files(config: Config) -> None:
     run, pretrained = config.run, config.model.pretrained_checkpoint
+    if run.record_interval and not run.record_prompts:
+        raise ValueError(f"--record-interval {run.record_interval} has no meaning with --record-prompts 0")
     if pretrained is not None and not (pretrained / "metadata.json").is_file():
         raise ValueError(f"--pretrained-checkpoint {pretrained} is no Megatron distributed checkpoint")
     check_data(config.data)

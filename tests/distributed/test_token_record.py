@@ -66,6 +66,29 @@ def record_layouts(rank, world_size, checkpoint, directory):
         parallel_state.destroy_model_parallel()
 
 
+def top_of_shards(rank, world_size, logits, count, vocab_size):
+    from siren_megatron.vocab_parallel.top_tokens import vocab_parallel_top_tokens
+
+    shard = logits.chunk(world_size, dim=1)[rank]
+    group = torch.distributed.group.WORLD
+    return vocab_parallel_top_tokens(shard, count, vocab_size=vocab_size, tp_group=group)
+
+
+@pytest.mark.parametrize(("vocab_size", "columns", "count"), [(250, 256, 20), (9, 16, 12)])
+def test_top_tokens_of_shards_equal_a_sort(vocab_size, columns, count):
+    """The second case: of four shards one has one true column, one none; and fewer exist than asked for."""
+    logits = torch.randn(30, columns, generator=torch.Generator().manual_seed(2)) * 3
+    logits[:, vocab_size:] = 99.0  # padding that must not be seen
+    expected = logits[:, :vocab_size].double().log_softmax(1).sort(dim=1, descending=True)
+    found = min(count, vocab_size)
+    for ids, logprobs in run_ranks(top_of_shards, 4, logits, count, vocab_size):
+        assert torch.equal(ids[:, :found], expected.indices[:, :count])
+        torch.testing.assert_close(
+            logprobs[:, :found].double(), expected.values[:, :count], rtol=1e-5, atol=1e-6
+        )
+        assert (ids[:, found:] == -1).all() and (logprobs[:, found:] == -torch.inf).all()
+
+
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     directory = tmp_path_factory.mktemp("records")
