@@ -65,7 +65,8 @@ function drawPositions() {
   chosen.forEach((n, i) => {
     const height = n / (where.tokens[i] || 1) / share * (barBottom - barTop);
     svg.append(drawing("rect", {class: "bar", x: (x(i) + .7).toFixed(1), y: (barBottom - height).toFixed(1),
-      width: Math.max(.8, (right - left) / bins - 1.4).toFixed(1), height: height.toFixed(1)}));
+      width: Math.max(.8, (right - left) / bins - 1.4).toFixed(1), height: height.toFixed(1),
+      "fill-opacity": (0.35 + 0.65 * Math.sqrt(where.tokens[i] / Math.max(...where.tokens))).toFixed(2)}));
   });
   svg.append(drawing("line", {class: "axis", x1: left, x2: right, y1: barBottom, y2: barBottom}));
   const each = Math.max(1, Math.ceil(bins / Math.max(2, Math.floor((right - left) / 70))));
