@@ -80,7 +80,7 @@ def document(title: str, body: str, data: Mapping[str, Any], scripts: Sequence[s
 <body><main>
 {body}
 </main>
-<div id="tip" role="status" aria-live="polite"></div>
+<div id="tip"></div><p id="said" class="hidden" role="status"></p>
 {blocks}<script>{script}</script>
 </body></html>
 """

@@ -13,6 +13,7 @@ RECORD_NAME = "tokens.jsonl"
 RUN_NAME = "run.json"
 TOP_TOKENS = 32  # of the vocabulary that are looked at; a nucleus of more is recorded without its size
 MAX_BYTES = 5_000_000  # of a report's token records: a browser opens that at once
+_PARTS = {"prompts": list, "positions": dict, "regularised": dict, "often": dict, "texts": list}
 _STEP = re.compile(rb'\{"step":(\d+),')
 
 
@@ -52,10 +53,18 @@ def read_records(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> li
     for index, (_, line) in enumerate(read_lines(path)):
         if index in kept:
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{path}:{index + 1}: not a record of tokens: {error}") from error
+            _check_parts(f"{path}:{index + 1}", record, _PARTS)
+            records.append(record)
     return records
+
+
+def _check_parts(where: str, found: dict[str, Any], parts: dict[str, type]) -> None:
+    for name, kind in parts.items():
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f"{where}: {name!r} is missing or no {kind.__name__}")
 
 
 def thin_out(sizes: list[int], budget: int) -> set[int]:
@@ -72,7 +81,7 @@ def read_run(directory: Path) -> dict[str, Any]:
     """run.json of a run: "config", "num_steps", "status", "versions", "paths"; empty without such a file.
 
     Raises:
-        ValueError: it is not a JSON object; the message names the file.
+        ValueError: it is not a JSON object with these; the message names the file.
     """
     path = directory / RUN_NAME
     try:
@@ -81,6 +90,7 @@ def read_run(directory: Path) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(run, dict) or not isinstance(run.get("config", {}), dict):
-        raise ValueError(f"{path}: not a run's description")
+    if not isinstance(run, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    _check_parts(str(path), run, {"config": dict, "num_steps": int, "status": str, "versions": dict})
     return run

@@ -174,7 +174,8 @@ def test_tokens_are_described_to_keyboard_and_pointer(page, records):
     for name in ("entropy", "top_p_entropy"):
         assert f"{float(f'{response[name][1]:.4g}'):g} nats" in said
     assert ("in the peak maskyes" in said) == (1 in response["peak"])
-    assert page.run("tip.getAttribute('aria-live')") == "polite"
+    spoken = text_of(page, "#said[role=status]")
+    assert spoken.startswith(f"“{response['tokens'][1]}” at position 2, entropy, ")
     shown = page.run("document.querySelectorAll('#tip .likeliest .row').length")
     assert shown == len(response["likeliest"][1]) // 2
     outside = page.run("document.querySelectorAll('#tip .likeliest .out').length")

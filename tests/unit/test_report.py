@@ -91,7 +91,8 @@ def data_of(page):
 def a_record(tokens, prompt="p", entropy=None):
     """A record with one response, with what Python reads of it."""
     response = {"tokens": tokens, "entropy": entropy or [0.5] * len(tokens)}
-    return {"step": 7, "prompts": [{"prompt": prompt, "responses": [response]}]}
+    prompts = [{"prompt": prompt, "responses": [response]}]
+    return {"step": 7, "prompts": prompts, "positions": {}, "regularised": {}, "often": {}, "texts": []}
 
 
 def test_report_holds_the_data_of_every_metric():

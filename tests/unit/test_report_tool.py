@@ -140,9 +140,21 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, message
     assert not list(tmp_path.glob("x.*"))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"config": 3}'])
-def test_a_broken_description_names_its_file(tmp_path, capsys, text):
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("run.json", "{", "run.json: not valid JSON"),
+        ("run.json", "[]", "run.json: not a JSON object"),
+        ("run.json", '{"config": 3}', "run.json: 'config' is missing or no dict"),
+        ("tokens.jsonl", "noise\n", "tokens.jsonl:1: not a record"),
+        ("tokens.jsonl", '{"step":1,}\n', "tokens.jsonl:1: not a record of tokens: "),
+        ("tokens.jsonl", '{"step":1,"prompts":[]}\n', "tokens.jsonl:1: 'positions' is missing or no dict"),
+        ("metrics.jsonl", "{}\n", "metrics.jsonl:1: not a row"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, capsys, name, text, message):
     run = write_run(tmp_path / "run")
-    (tmp_path / "run" / "run.json").write_text(text)
+    (tmp_path / "run" / name).write_text(text)
     assert main([run]) == 2
-    assert "run.json: not" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -44,5 +44,6 @@ document.querySelectorAll("svg[data-chart]").forEach(svg => {
     if (to === undefined) return;
     event.preventDefault();
     show(to);
+    sayTip();
   });
 });

@@ -1,6 +1,6 @@
 "use strict";
 // What the curves and the tokens share: numbers as text, new elements, the box beside the pointer.
-const tip = document.getElementById("tip");
+const tip = document.getElementById("tip"), said = document.getElementById("said");
 const read = name => JSON.parse(document.getElementById("data-" + name).textContent);
 const number = v => v === null || v === undefined ? "–" : typeof v === "string" ? v : v === 0 ? "0" :
   Math.abs(v) < 1e-4 || Math.abs(v) >= 1e7 ? v.toExponential(2) :
@@ -34,6 +34,9 @@ function showTip(x, y, parts) {
   tip.style.left = Math.max(8, Math.min(left, innerWidth - wide - 8)) + "px";
   tip.style.top = Math.max(8, top) + "px";
 }
+
+// What the keyboard has reached is also said to a screen reader; the pointer would make it talk without end.
+const sayTip = () => { said.textContent = tip.innerText.replace(/\s*\n\s*/g, ", "); };
 
 const hideTip = () => { tip.style.display = "none"; };
 document.addEventListener("keydown", event => { if (event.key === "Escape") hideTip(); });

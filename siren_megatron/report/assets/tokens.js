@@ -208,6 +208,7 @@ responses.addEventListener("keydown", event => {
   const token = tokens[Math.max(0, Math.min(to, tokens.length - 1))];
   token.scrollIntoView({block: "nearest"});
   point(token);
+  sayTip();
 });
 
 // ---------------------------------------------------------------- switches
