@@ -19,6 +19,12 @@ from siren_megatron.report.tokens import selection
 MAX_RUNS = 2 * SERIES_COLORS  # the second half is dashed
 LAST_STEPS = 10  # of a run, whose mean is its last value
 NOT_COMPARED = ("save", "load", "overwrite", "tensorboard_dir")  # differ in every run, and say nothing
+TITLES = {  # of metrics that share a chart in the report of one run
+    "siren/entropy_masked": "Masked entropy",
+    "siren/entropy_anchor": "Anchor of the masked entropy",
+    "entropy": "Entropy of all response tokens",
+    "entropy_top_p": "Top-p entropy of all response tokens",
+}
 EVALUATION = "eval/"  # measured now and then: the last value counts, not a mean
 
 
@@ -50,7 +56,9 @@ def comparison_sections(runs: Sequence[Run]) -> list[tuple[str, list[Chart]]]:
         for title, names in charts:
             for name in names:
                 if name in present:
-                    titles.setdefault(section, []).append((title if len(names) == 1 else name, name))
+                    titles.setdefault(section, []).append(
+                        (title if len(names) == 1 else TITLES.get(name, name), name)
+                    )
                     placed.add(name)
         if section == SPEED and "time/step" in present:
             titles.setdefault(section, []).append(("Seconds a step", "time/step"))
@@ -149,7 +157,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
 <section id="last"><h2>Last metrics</h2>{last}
 <p class="muted note">Means of the last {LAST_STEPS} steps of each run; of an evaluation its last value.</p>
 </section>
-<section id="curves"><h2>Curves</h2>{sections_html(sections)}{smoothing_note(longest)}</section>
+<section id="curves"><h2>Curves</h2>{_key(runs)}{sections_html(sections)}{smoothing_note(longest)}</section>
 {chosen}"""
     scripts = ["page.js", "curves.js", *(["tokens.js"] if chosen else [])]
     title = _listed(names)
