@@ -16,6 +16,7 @@ VPP, PACKED = "num_virtual_stages_per_pipeline_rank", "max_tokens_per_microbatch
 LAYOUTS = [
     Layout("TP=2 SP", {TP: 2, "sequence_parallel": True}),
     Layout("PP=2 VPP=2", {PP: 2, VPP: 2}),
+    Layout("PP=2 VPP=2 packed", {PP: 2, VPP: 2, PACKED: 64}),
     Layout("CP=2 packed", {CP: 2, PACKED: 64}),
     Layout("DP=2", {"micro_batch_size": 2}),
 ]

@@ -187,6 +187,24 @@ def test_tokens_are_described_to_keyboard_and_pointer(page, records):
     assert f"“{response['tokens'][3]}” at position 4" in text_of(page, "#tip")
 
 
+def test_controls_have_names_and_states_for_assistive_technology(page):
+    page.run("document.getElementById('peak').click()")
+    tree = [node for node in page.call("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
+    named = [(node["role"]["value"], node.get("name", {}).get("value")) for node in tree]
+    states = {
+        node["name"]["value"]: {p["name"]: p["value"].get("value") for p in node["properties"]}["checked"]
+        for node in tree
+        if node["role"]["value"] == "switch"
+    }
+    assert states == {"Top-p mask p₀ = 0.8": "true", "Peak mask quantile 0.8": "false"}
+    assert ("combobox", "Step") in named and ("table", "Responses to prompt 2") in named
+    assert named.count(("columnheader", "Response")) == 2
+    response = "Response 1 to prompt 1: reward 1; the arrow keys go through its tokens"
+    assert ("group", response) in named
+    focusable = [node for node in tree if any(p["name"] == "focusable" for p in node.get("properties", []))]
+    assert all(node.get("name", {}).get("value") for node in focusable)
+
+
 def test_curves_answer_to_keyboard_and_pointer(page):
     page.run("document.querySelector('svg[data-chart]').focus()")
     page.press("End")
