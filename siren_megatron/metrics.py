@@ -20,8 +20,9 @@ from typing import Any
 
 from rich.console import Console
 
-from siren_megatron.report import RECORD_NAME, RUN_NAME, read_records, versions, write_report, write_text
+from siren_megatron.report import RECORD_NAME, RUN_NAME, read_records, write_report, write_text
 from siren_megatron.terminal import StepDisplay, print_summary
+from siren_megatron.versions import versions
 
 REPORT_INTERVAL = 60.0  # seconds between two refreshes of report.html while the run goes on
 

