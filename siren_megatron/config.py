@@ -112,6 +112,15 @@ class RunOptions:
     )
     async_save: bool = option(False, "write checkpoints in the background, while the training goes on")
     log_interval: int = option(1, "steps between printed lines where there is no progress bar", minimum=1)
+    record_interval: int = option(
+        0,
+        "steps between records of a few responses token by token (tokens.jsonl, for the report); the first "
+        "and the last step have one as well; 0 = a tenth of the run",
+        minimum=0,
+    )
+    record_prompts: int = option(
+        4, "prompts of such a record, up to four responses each; 0 = no records", minimum=0
+    )
     tensorboard_dir: Path | None = option(None, "write TensorBoard events here", type=Path)
     wandb_project: str | None = option(None, "log to this Weights & Biases project (WANDB_MODE holds)")
     check: bool = option(False, "check the options and end: nothing is loaded or written")
@@ -182,6 +191,12 @@ class Config:
     def logprob_tolerance(self) -> float:
         """Largest mean |log-prob difference| of rollout engine and trainer, in nats."""
         return self.rollout.rollout_logprob_tolerance or (0.5 if self.model.bf16 else 0.01)
+
+
+def option_defaults() -> dict[str, Any]:
+    """Default of every option by its field name, as `Config.flat` writes it; without the required ones."""
+    fields = (field for group in GROUPS.values() for field in dataclasses.fields(group))
+    return {f.name: _as_plain(f.default) for f in fields if f.default is not REQUIRED}
 
 
 def _as_plain(value: Any) -> Any:
@@ -423,6 +438,8 @@ def _check_architecture(config: Config, hf_config: dict[str, Any]) -> None:
 
 def _check_files(config: Config) -> None:
     run, pretrained = config.run, config.model.pretrained_checkpoint
+    if run.record_interval and not run.record_prompts:
+        raise ValueError(f"--record-interval {run.record_interval} has no meaning with --record-prompts 0")
     if pretrained is not None and not (pretrained / "metadata.json").is_file():
         raise ValueError(f"--pretrained-checkpoint {pretrained} is no Megatron distributed checkpoint")
     check_data(config.data)

@@ -34,6 +34,7 @@ from siren_megatron.reward_pool import RewardPool, RewardPoolError
 from siren_megatron.rollout import RolloutError
 from siren_megatron.rollout_service import RolloutService, server_options
 from siren_megatron.signals import StopSignals, describe
+from siren_megatron.token_record import TokenRecorder
 from siren_megatron.tokenizer import replace_tokenizer_files
 from siren_megatron.trainer import Trainer, initialize_model_parallel
 from siren_megatron.training_evaluation import TrainingEvaluation
@@ -68,6 +69,7 @@ class Job:
         self.entropy_anchor: float | None = None
         self.sampling_metrics: dict[str, float] = {}
         self._loaded: LoadedRun | None = None
+        self.recorder = TokenRecorder(config)
         self._stack = contextlib.ExitStack()
         self._built = False
 
@@ -125,6 +127,7 @@ class Job:
             self.logger = self._stack.enter_context(self._make_logger())
             if self.step:
                 self.logger.truncate_after(self.step)
+            self.recorder.open(self.step, self.tokenizer, self.dataset.prompts)
         self.timer = StageTimer()
         # The server has loaded --hf-checkpoint's weights.
         if self.step or config.model.pretrained_checkpoint is not None:
@@ -288,6 +291,7 @@ class Job:
         )
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
+        self.recorder.record(self.step + 1, batch, self.trainer)
         with self.timer.stage("train"):
             metrics = self.trainer.update(batch, self.entropy_anchor, step=self.step)
         self.step += 1

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from siren_megatron.metrics import read_metrics
+from siren_megatron.report import read_records
 from tests.distributed.launch import run_ranks
 from tests.integration.jobs import (
     REPOSITORY,
@@ -165,6 +166,7 @@ def test_a_run_resumes_from_its_checkpoint(toy_checkpoint, tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert len({row["siren/entropy_anchor"] for row in rows}) == 1, "the anchor is kept, not measured again"
     assert rows[-1]["rollout_logprob_diff"] < 1e-4, "vLLM got the resumed weights"
+    assert [record["step"] for record in read_records(save / "tokens.jsonl")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("layout", ["tensor-model-parallel-size", "pipeline-model-parallel-size"])
