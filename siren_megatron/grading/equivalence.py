@@ -134,6 +134,9 @@ def _same_collections(gold: Form, other: Form, strict: bool) -> bool | None:
     ours = gold.items if isinstance(gold, Collection) else (gold,)
     theirs = other.items if isinstance(other, Collection) else (other,)
     ours, theirs = _distinct(ours), _distinct(theirs)
+    if len(ours) == 1 and len(theirs) > 1 and not (isinstance(other, Collection) and other.braces):
+        # 1/2 or 0.5: one answer, written twice.
+        return all(_decided(ours[0], item, strict) for item in theirs)
     if len(ours) != len(theirs):
         return False
     left = list(theirs)

@@ -153,4 +153,8 @@ def same_words(gold: str, other: str) -> bool:
 
 def _word_list(text: str) -> list[str]:
     words = re.findall(r"[a-z0-9']+", re.sub(r"\\text", " ", text.lower()))
-    return [word for word in words if word not in _ARTICLES] or words
+    words = [word for word in words if word not in _ARTICLES] or words
+    # Plurals: no real solutions, no real solution.
+    return [
+        word[:-1] if len(word) > 4 and word[-1] == "s" and word[-2] not in "su" else word for word in words
+    ]

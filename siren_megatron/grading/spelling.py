@@ -104,6 +104,11 @@ _FUNCTION_NAMES = re.compile(
 )
 _OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
 _BARE_SQRT = re.compile(r"\\sqrt\s*(\d+|[A-Za-z])")
+# Marks above letters, and a second spelling in brackets.
+_MARKED = re.compile(
+    r"\\(?:overline|vec|hat|overrightarrow|bar|widehat|overleftrightarrow)\s*\{([A-Za-z]{1,3})\}"
+)
+_ASIDE = re.compile(r"(?<=[\w}\])])\s+\((?:or|i\.e\.,?|about|approximately|approx\.?|=|\\approx)\s[^()]*\)$")
 _REPEATING = re.compile(r"(?<![\d.])(\d{1,9})\.(\d{0,9})\\(?:overline|bar)\s*\{(\d{1,9})\}")
 _CHOOSE = re.compile(r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}")
 _NUMPY = re.compile(r"\b(?:np|numpy|math)\.([a-z]+)")
@@ -153,6 +158,7 @@ def normalise(text: str) -> str:
     for _ in range(3):
         text = _OVER.sub(r"\\frac{\1}{\2}", text)
         text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
+    text = _ASIDE.sub("", _MARKED.sub(r"\1", text).strip())
     text = _REPEATING.sub(_repeating, text)
     text = _BARE_SQRT.sub(r"\\sqrt{\1}", text)
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
