@@ -259,7 +259,7 @@ class MetricsLogger:
         elif issubclass(kind, KeyboardInterrupt):
             self.close("interrupted")
         else:
-            # A disk without room may be why the run failed: that it also has none for the report adds nothing.
+            # A full disk may be why the run failed: that it has no room for the report either adds nothing.
             with suppress(OSError):
                 self.close(f"failed: {kind.__name__}: {error}".splitlines()[0])
 
