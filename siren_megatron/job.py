@@ -70,6 +70,7 @@ class Job:
         self.sampling_metrics: dict[str, float] = {}
         self._loaded: LoadedRun | None = None
         self.recorder = TokenRecorder(config)
+        self._log_error: str | None = None
         self._stack = contextlib.ExitStack()
         self._built = False
 
@@ -84,17 +85,19 @@ class Job:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        # Options and files are judged while the run is built; a later ValueError is a bug and keeps its
+        # traceback, but for those that name an option.
+        mistake = isinstance(error, ValueError) and (not self._built or str(error).startswith("--"))
+        in_one_line = mistake or isinstance(error, _ONE_LINE)
+        # Before the server is ended, which takes its time: torchrun ends this rank once another has ended.
+        if in_one_line and os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"pretrain_siren.py: error: {error}", file=sys.stderr, flush=True)
         if kind is not None:
             mark_failed()
         self._stack.__exit__(kind, error, traceback)
         if kind is None:
             dist.destroy_process_group()
-        # Options and files are judged while the run is built; a later ValueError is a bug and keeps its
-        # traceback, but for those that name an option.
-        mistake = isinstance(error, ValueError) and (not self._built or str(error).startswith("--"))
-        if mistake or isinstance(error, _ONE_LINE):
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"pretrain_siren.py: error: {error}", file=sys.stderr, flush=True)
+        if in_one_line:
             raise SystemExit(2 if mistake else 1) from None
 
     def _build(self) -> None:
@@ -358,6 +361,13 @@ class Job:
 
     def log(self, batch: TrainBatch, metrics: dict[str, float]) -> None:
         """Write one row of metrics."""
+        try:
+            self._log(batch, metrics)
+        except OSError as error:
+            # Most likely the disk is full. The other ranks hear of it where they can: in `save_if_due`.
+            self._log_error = f"{error.filename or 'metrics'} could not be written: {error.strerror}"
+
+    def _log(self, batch: TrainBatch, metrics: dict[str, float]) -> None:
         if not self.is_main:
             return
         mask, times = batch.loss_mask, self.timer.pop()
@@ -400,9 +410,11 @@ class Job:
         """Write a checkpoint every `--save-interval` steps, after the last one, and when a signal came.
 
         Raises:
-            SaveError: it could not be written, or the one that `--async-save` was writing could not.
+            SaveError: it could not be written, or the one that `--async-save` was writing could not, or the
+                metrics of this step.
         """
         self.saver.poll()
+        self._agree_on_log()
         # A signal may reach some ranks only.
         self.stopped_by = self.rollouts.control.agree(self.signals.received())
         interval = self.config.run.save_interval
@@ -417,6 +429,13 @@ class Job:
                     "config": self.config.flat(),
                 }
             )
+
+    def _agree_on_log(self) -> None:
+        told = [self._log_error]
+        dist.broadcast_object_list(told, src=0)
+        if told[0] is not None:
+            self.saver.wait()  # may be what filled the disk, and then says so
+            raise SaveError(told[0])
 
     def finish_saves(self) -> None:
         """Wait for a checkpoint that `--async-save` is writing. Raises as `save_if_due`."""

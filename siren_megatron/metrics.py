@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +277,9 @@ class MetricsLogger:
         elif issubclass(kind, KeyboardInterrupt):
             self.close("interrupted")
         else:
-            self.close(f"failed: {kind.__name__}: {error}".splitlines()[0])
+            # A full disk may be why the run failed: that it has no room for the report either adds nothing.
+            with suppress(OSError):
+                self.close(f"failed: {kind.__name__}: {error}".splitlines()[0])
 
     def _log_tensorboard(self, step: int, values: Mapping[str, float]) -> None:
         if self._tensorboard is None:  # late, because purge_step must know what truncate_after left

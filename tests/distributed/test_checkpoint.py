@@ -63,10 +63,12 @@ def load_and_go_on(rank, world_size, checkpoint, directory, layouts, saved_with)
         batch = trainer.compute_logprobs(batch)
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             loaded = load_checkpoint(directory, trainer)
+        # Sequence parallelism does not change which rank holds what.
+        same = {name: size for name, size in options.items() if name != "sequence_parallel"} == saved_with
         told = "random states could not be carried over" in printed.getvalue()
-        assert told == (rank == 0 and options != saved_with), printed.getvalue()
+        assert told == (rank == 0 and not same), printed.getvalue()
         state, carried = loaded.state, loaded.random_states is not None
-        assert carried == (options == saved_with)
+        assert carried == same
         assert state == {"step": 1, "entropy_anchor": ANCHOR}, state
         results.append(finish(trainer, batch))
     return results

@@ -11,7 +11,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from tests.checkpoints import make_random_checkpoint
 from tests.distributed.launch import run_ranks
 from tests.distributed.layouts import ANCHOR
 from tests.distributed.test_checkpoint import TP, build
+from tests.small_disk import small_disk
 from tests.unit.test_pickle_check import Evil
 
 DISK_BYTES = 24 * 2**20
@@ -216,11 +216,8 @@ def model(tmp_path_factory):
 def disk(tmp_path_factory):
     """A real file system of 24 MB where this user may mount one; else a plain directory."""
     path = tmp_path_factory.mktemp("disk")
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(path)]
-    mounted = shutil.which("mount") and subprocess.run(command, capture_output=True).returncode == 0
-    yield path
-    if mounted:
-        subprocess.run(["umount", str(path)], check=True)
+    with small_disk(path, DISK_BYTES):
+        yield path
 
 
 @pytest.fixture(scope="module")

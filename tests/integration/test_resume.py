@@ -8,19 +8,25 @@ import pytest
 
 from siren_megatron.metrics import read_metrics
 from tests.integration.jobs import REPOSITORY, kill_all, run_job, started_job, toy_options, wait_until
+from tests.small_disk import small_disk
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS, INTERVAL = 10, 3
 # Wall-clock values; everything else of a row has to be equal.
 TIMES = ("wall_time", "tokens_per_second", "time/")
-# In order: what is killed, and whether checkpoints are written in the background.
-KILLS = [("rollout", 5, False), ("train", 8, False), ("save", 9, False), ("save", 9, True)]
+# In order: the stage and step of the kill, and the save whose writers stop half-way, with the options.
+KILLS = [
+    ("rollout", 5, 0, []),
+    ("save", 6, 6, []),
+    ("train", 10, 9, ["--async-save"]),  # while the writers of step 9 are at work
+]
 
 
 def options(checkpoint: Path, save: Path, **more: object) -> list[str]:
     small = {"rollout_batch_size": 4, "global_batch_size": 8, "micro_batch_size": 2}
-    return toy_options(checkpoint, save, num_steps=STEPS, save_interval=INTERVAL, **small, **more)
+    small |= {"num_steps": STEPS, "save_interval": INTERVAL, **more}
+    return toy_options(checkpoint, save, **small)
 
 
 def rows_without_times(save: Path) -> list[dict[str, float]]:
@@ -28,11 +34,10 @@ def rows_without_times(save: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
 
 
-def run_and_kill(arguments: list[str], marks: Path, stage: str, step: int) -> None:
+def run_and_kill(arguments: list[str], marks: Path, stage: str, step: int, save_to_stop: int) -> None:
     """Start the run and kill all of it once it is at a stage of a step."""
     marks.mkdir()
-    stop = str(step if stage == "save" else 0)
-    environment = {"SIREN_TEST_MARKS": str(marks), "SIREN_TEST_STOP_IN_SAVE": stop}
+    environment = {"SIREN_TEST_MARKS": str(marks), "SIREN_TEST_STOP_IN_SAVE": str(save_to_stop)}
     with started_job(arguments, script="tests/integration/marked_run.py", environment=environment) as job:
         wait_until(
             lambda: (marks / f"{stage}-{step}").exists() or job.poll() is not None, 180, f"{stage} of {step}"
@@ -46,13 +51,12 @@ def test_killed_and_resumed_is_never_killed(tmp_path):
     whole, save = tmp_path / "whole", tmp_path / "killed"
     done = run_job(options(checkpoint, whole))
     assert done.returncode == 0, done.stderr[-3000:]
-    for number, (stage, step, in_background) in enumerate(KILLS):
-        more = ["--load", str(save)] * (number > 0) + ["--async-save"] * in_background
-        marks = tmp_path / f"marks{number}"
-        run_and_kill([*options(checkpoint, save), *more], marks, stage, step)
-        found = sorted(path.name for path in (save / "checkpoints").iterdir())
-        assert (f"step_{step:06d}.partial" in found) == (stage == "save"), found
-        assert f"step_{step:06d}" not in found, found
+    for number, (stage, step, save_to_stop, more) in enumerate(KILLS):
+        load = ["--load", str(save)] if number else []
+        arguments = [*options(checkpoint, save), *load, *more]
+        run_and_kill(arguments, tmp_path / f"marks{number}", stage, step, save_to_stop)
+        found = sorted(path.name for path in (save / "checkpoints").glob("*.partial"))
+        assert found == ([f"step_{save_to_stop:06d}.partial"] if save_to_stop else [])
     last = [*options(checkpoint, save, load=save), "--async-save"]
     done = run_job(last)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -68,3 +72,22 @@ def test_killed_and_resumed_is_never_killed(tmp_path):
         }
         assert not different and ours.keys() == theirs.keys(), f"step {theirs['step']}: {different}"
     assert len({row["loss/policy"] for row in expected}) == STEPS, "the steps differ"
+
+
+def test_a_full_disk_ends_the_run_with_one_line(tmp_path):
+    """The third checkpoint, written in the background, finds no room; nor do the metrics of that moment."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with small_disk(disk, 14 * 2**20) as mounted:
+        if not mounted:
+            pytest.skip("this user may not mount a file system")
+        save = disk / "run"
+        every_step = options(REPOSITORY / "runs" / "toy-countdown", save, save_interval=1)
+        done = run_job([*every_step, "--async-save"])
+        lines = [line for line in done.stderr.splitlines() if "pretrain_siren.py: error:" in line]
+        assert done.returncode == 1
+        assert len(lines) == 1 and "[rank" not in done.stderr, done.stderr[-3000:]
+        assert "checkpoint step_000003 could not be written" in lines[0]
+        assert "No space left on device; the last good one is step_000002" in lines[0]
+        found = sorted(path.name for path in (save / "checkpoints").iterdir())
+        assert found == ["latest", "step_000001", "step_000002"]
