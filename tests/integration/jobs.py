@@ -39,29 +39,38 @@ def toy_options(checkpoint: Path, save: Path, **more: object) -> list[str]:
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
-def command(options: list[str], ranks: int = 2) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*torchrun, str(REPOSITORY / "pretrain_siren.py"), *options]
+TORCHRUN, LAUNCH = "torch.distributed.run", "siren_megatron.launch"
 
 
-def run_job(options: list[str], ranks: int = 2, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+def command(
+    options: list[str], ranks: int = 2, *, launcher: str = TORCHRUN, script: str = "pretrain_siren.py"
+) -> list[str]:
+    launch = [sys.executable, "-m", launcher, "--standalone", "--nproc-per-node", str(ranks)]
+    return [*launch, str(REPOSITORY / script), *options]
+
+
+def run_job(
+    options: list[str], ranks: int = 2, timeout: float = 400, **how: object
+) -> subprocess.CompletedProcess[str]:
     """Run a job to its end; its output is in the result."""
-    with started_job(options, ranks) as process:
+    with started_job(options, ranks, **how) as process:
         out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @contextlib.contextmanager
-def started_job(options: list[str], ranks: int = 2) -> Iterator[subprocess.Popen[str]]:
+def started_job(
+    options: list[str], ranks: int = 2, *, environment: dict[str, str] | None = None, **how: str
+) -> Iterator[subprocess.Popen[str]]:
     """A job in a session of its own; whatever is left of it is killed in the end."""
     process = subprocess.Popen(
-        command(options, ranks),
+        command(options, ranks, **how),
         cwd=REPOSITORY,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
     )
     try:
         yield process
@@ -77,6 +86,16 @@ def wait_until(condition: Callable[[], object], timeout: float, what: str) -> No
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {timeout:.0f} s"
         time.sleep(0.1)
+
+
+def kill_all(job: subprocess.Popen[str]) -> None:
+    """SIGKILL for a job's processes, each by its own id: torchrun, the ranks, and all that they started."""
+    tree = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    for process in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(tree, timeout=30)
+    job.communicate()
 
 
 def processes_mentioning(text: str) -> list[psutil.Process]:
