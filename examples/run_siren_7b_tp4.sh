@@ -238,25 +238,22 @@ node_main='
 set -u
 first_ranks=$1 other_ranks=$2 stop_file=$3 logs=$4
 shift 4
-# The ranks set a handler of their own. torchrun has none and would die of the signal.
+# What SLURM may send to everything in the step is not for this shell: the ranks hear it by the file.
 trap "" USR1
 ranks=$other_ranks tee=()
 if [ "$SLURM_NODEID" -eq 0 ]; then
     ranks=$first_ranks tee=(--role rank --tee 0:3)
 fi
 mkdir -p "$logs/node$SLURM_NODEID"
-# Where it is there, torchrun with exit codes and signals put right.
-launcher=torch.distributed.run
-[ ! -f siren_megatron/launch.py ] || launcher=siren_megatron.launch
-"$PYTHON" -m "$launcher" --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
+"$PYTHON" -m siren_megatron.launch --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
     --nproc-per-node "$ranks" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
     --log-dir "$logs/node$SLURM_NODEID" --redirects 3 "${tee[@]}" "$@" &
 agent=$!
 trap "kill -TERM $agent" TERM INT
 while kill -0 "$agent" 2>/dev/null; do
     if [ -n "$stop_file" ] && [ -e "$stop_file" ]; then
-        # torchrun itself must go on; its children are the ranks.
-        kill -USR1 $(ps -o pid= --ppid "$agent")
+        # It hands the signal to its ranks, which finish their step, save and end.
+        kill -USR1 "$agent"
         stop_file=
     fi
     sleep 1 &

@@ -165,9 +165,6 @@ def test_a_layer_cut_over_two_nodes_survives_a_killed_step_and_a_lost_node(clust
     check_whole_run(cluster, run, steps)
 
 
-@pytest.mark.skipif(
-    not (REPOSITORY / "siren_megatron" / "signals.py").exists(), reason="this version's runs hear no signals"
-)
 def test_a_warned_run_saves_and_goes_on_after_requeueing(cluster, toy_checkpoint, tmp_path):
     """SIGUSR1 to the script, as SLURM sends it before the time limit; nothing else saves this run."""
     run, log, steps = tmp_path / "run", tmp_path / "job.out", 12
