@@ -38,7 +38,9 @@ Variables, with their defaults:
   GPU                h100-80gb: the kind of GPU that the plan assumes (tools/plan.py --help lists them)
   TP, PP, CP, EP     4, 1, 1, 1: tensor-, pipeline-, context- and expert-parallel size
   NUM_STEPS          250: rollout steps; two epochs of N prompts are 2N/128
-  SAVE_INTERVAL      10: steps between checkpoints
+  SAVE_INTERVAL      10: steps between checkpoints, of which the last two are kept (14 bytes a parameter each)
+  EVAL_DATA          none: JSONL or .parquet files of problems to evaluate on, with blanks between them
+  EVAL_INTERVAL      20: steps between evaluations (16 responses, temperature 0.6, top-p 0.7, as the paper's)
   TIME_LIMIT         24:00:00
   WARNING_SECONDS    600: this long before the time limit the run is told to save, and the job is requeued
   SBATCH_OPTIONS     further options of sbatch, e.g. "--partition=gpu --account=abc"
@@ -104,14 +106,14 @@ prepare() {
     : "${GPU:=h100-80gb}" "${TP:=4}" "${PP:=1}" "${CP:=1}" "${EP:=1}" "${NUM_STEPS:=250}" "${SAVE_INTERVAL:=10}"
     : "${TIME_LIMIT:=24:00:00}" "${WARNING_SECONDS:=600}" "${MAX_REQUEUES:=100}"
     : "${RUN_DIR:=runs/qwen2.5-math-7b-siren}" "${HF_CHECKPOINT:=}" "${PROMPT_DATA:=}"
-    : "${SBATCH_OPTIONS:=}" "${SRUN_OPTIONS:=}"
+    : "${SBATCH_OPTIONS:=}" "${SRUN_OPTIONS:=}" "${EVAL_DATA:=}" "${EVAL_INTERVAL:=20}"
     if [ -z "${PYTHON:-}" ]; then
         PYTHON=$PWD/.venv/bin/python
         [ -x "$PYTHON" ] || PYTHON=python3
     fi
     local name
     for name in NODES GPUS_PER_NODE RANKS_PER_NODE ROLLOUT_GPUS TP PP CP EP NUM_STEPS SAVE_INTERVAL \
-        WARNING_SECONDS MAX_REQUEUES; do
+        EVAL_INTERVAL WARNING_SECONDS MAX_REQUEUES; do
         whole_number "$name"
     done
     [ "$GPUS_PER_NODE" -gt 0 ] || ROLLOUT_GPUS=0
@@ -152,9 +154,12 @@ prepare() {
         --rollout-start-timeout 900
         --save "$train"
         --save-interval "$SAVE_INTERVAL"
+        --save-total-limit 2
     )
     # shellcheck disable=SC2086 # several files
     set -- --prompt-data ${PROMPT_DATA:-none} "$@"
+    # shellcheck disable=SC2206 # several files
+    [ -z "$EVAL_DATA" ] || options+=(--eval-interval "$EVAL_INTERVAL" --eval-data $EVAL_DATA)
     [ "$TP" -eq 1 ] || options+=(--sequence-parallel)
     [ "$GPUS_PER_NODE" -eq 0 ] || options+=(--bf16)
     if [ "$ROLLOUT_GPUS" -gt 0 ]; then
@@ -219,7 +224,7 @@ submit() {
     WORLD_SIZE=$world_size "$PYTHON" pretrain_siren.py "${options[@]}" "${resume[@]}" --check || exit $?
     mkdir -p "$RUN_DIR/logs"
     export NODES GPUS_PER_NODE RANKS_PER_NODE ROLLOUT_GPUS GPU TP PP CP EP NUM_STEPS SAVE_INTERVAL RUN_DIR
-    export MAX_REQUEUES HF_CHECKPOINT PROMPT_DATA PYTHON SRUN_OPTIONS SIREN_REPOSITORY=$PWD
+    export MAX_REQUEUES HF_CHECKPOINT PROMPT_DATA EVAL_DATA EVAL_INTERVAL PYTHON SRUN_OPTIONS SIREN_REPOSITORY=$PWD
     local machines=(--nodes "$NODES" --ntasks-per-node 1)
     [ "$GPUS_PER_NODE" -eq 0 ] || machines+=(--exclusive)
     machines+=(--gpus-per-node "$GPUS_PER_NODE")
