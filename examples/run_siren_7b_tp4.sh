@@ -269,16 +269,16 @@ wait "$agent"
 
 # In the job: one torchrun a node; afterwards done, requeued, or failed.
 run_job() {
+    local attempt=${SLURM_JOB_ID}.${SLURM_RESTART_COUNT:-0} warned='' status=0 started_at=0 step host
+    logs=$RUN_DIR/logs/$attempt
+    mkdir -p "$logs"
+    local stop_file=$logs/stop-requested
+    trap 'warned=yes; touch "$stop_file"; echo "time limit ahead: the run saves and is requeued"' USR1
     require_inputs
     plan || die "the plan does not fit"
     resume_options
     WORLD_SIZE=$world_size "$PYTHON" pretrain_siren.py "${options[@]}" "${resume[@]}" --check || exit $?
 
-    local attempt=${SLURM_JOB_ID}.${SLURM_RESTART_COUNT:-0} started_at host
-    logs=$RUN_DIR/logs/$attempt
-    mkdir -p "$logs"
-    local stop_file=$logs/stop-requested
-    started_at=0
     [ "${resume[*]}" = --overwrite ] || started_at=$(saved_step)
     host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_ADDR=$(scontrol show node -o "$host" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
@@ -290,13 +290,11 @@ run_job() {
     printf '%s attempt %s on %s from step %s, %s ranks, store at %s:%s, logs in %s\n' "$(date '+%F %T')" \
         "$attempt" "$SLURM_JOB_NODELIST" "$started_at" "$world_size" "$MASTER_ADDR" "$MASTER_PORT" "$logs"
 
-    local warned='' status=0 step
     # shellcheck disable=SC2086 # SRUN_OPTIONS is several words
     srun --kill-on-bad-exit=1 --cpu-bind=none --ntasks-per-node=1 --nodes="$SLURM_JOB_NUM_NODES" $SRUN_OPTIONS \
         bash -c "$node_main" node "$first_ranks" "$other_ranks" "$stop_file" "$logs" \
         pretrain_siren.py "${options[@]}" "${resume[@]}" &
     step=$!
-    trap 'warned=yes; touch "$stop_file"; echo "time limit ahead: the run saves and is requeued"' USR1
     trap 'kill -TERM $step 2>/dev/null || true' TERM INT
     trap 'kill -TERM $step 2>/dev/null || true' EXIT
     # A signal ends `wait`; the step's own status comes when it has ended.
