@@ -38,7 +38,9 @@ Variables, with their defaults:
   GPU                h100-80gb: the kind of GPU that the plan assumes (tools/plan.py --help lists them)
   TP, PP, CP, EP     4, 1, 1, 1: tensor-, pipeline-, context- and expert-parallel size
   NUM_STEPS          250: rollout steps; two epochs of N prompts are 2N/128
-  SAVE_INTERVAL      10: steps between checkpoints
+  SAVE_INTERVAL      10: steps between checkpoints, of which the last two are kept (14 bytes a parameter each)
+  EVAL_DATA          none: JSONL or .parquet files of problems to evaluate on, with blanks between them
+  EVAL_INTERVAL      20: steps between evaluations (16 responses, temperature 0.6, top-p 0.7, as the paper's)
   TIME_LIMIT         24:00:00
   WARNING_SECONDS    600: this long before the time limit the run is told to save, and the job is requeued
   SBATCH_OPTIONS     further options of sbatch, e.g. "--partition=gpu --account=abc"
@@ -104,14 +106,14 @@ prepare() {
     : "${GPU:=h100-80gb}" "${TP:=4}" "${PP:=1}" "${CP:=1}" "${EP:=1}" "${NUM_STEPS:=250}" "${SAVE_INTERVAL:=10}"
     : "${TIME_LIMIT:=24:00:00}" "${WARNING_SECONDS:=600}" "${MAX_REQUEUES:=100}"
     : "${RUN_DIR:=runs/qwen2.5-math-7b-siren}" "${HF_CHECKPOINT:=}" "${PROMPT_DATA:=}"
-    : "${SBATCH_OPTIONS:=}" "${SRUN_OPTIONS:=}"
+    : "${SBATCH_OPTIONS:=}" "${SRUN_OPTIONS:=}" "${EVAL_DATA:=}" "${EVAL_INTERVAL:=20}"
     if [ -z "${PYTHON:-}" ]; then
         PYTHON=$PWD/.venv/bin/python
         [ -x "$PYTHON" ] || PYTHON=python3
     fi
     local name
     for name in NODES GPUS_PER_NODE RANKS_PER_NODE ROLLOUT_GPUS TP PP CP EP NUM_STEPS SAVE_INTERVAL \
-        WARNING_SECONDS MAX_REQUEUES; do
+        EVAL_INTERVAL WARNING_SECONDS MAX_REQUEUES; do
         whole_number "$name"
     done
     [ "$GPUS_PER_NODE" -gt 0 ] || ROLLOUT_GPUS=0
@@ -152,9 +154,12 @@ prepare() {
         --rollout-start-timeout 900
         --save "$train"
         --save-interval "$SAVE_INTERVAL"
+        --save-total-limit 2
     )
     # shellcheck disable=SC2086 # several files
     set -- --prompt-data ${PROMPT_DATA:-none} "$@"
+    # shellcheck disable=SC2206 # several files
+    [ -z "$EVAL_DATA" ] || options+=(--eval-interval "$EVAL_INTERVAL" --eval-data $EVAL_DATA)
     [ "$TP" -eq 1 ] || options+=(--sequence-parallel)
     [ "$GPUS_PER_NODE" -eq 0 ] || options+=(--bf16)
     if [ "$ROLLOUT_GPUS" -gt 0 ]; then
@@ -219,7 +224,7 @@ submit() {
     WORLD_SIZE=$world_size "$PYTHON" pretrain_siren.py "${options[@]}" "${resume[@]}" --check || exit $?
     mkdir -p "$RUN_DIR/logs"
     export NODES GPUS_PER_NODE RANKS_PER_NODE ROLLOUT_GPUS GPU TP PP CP EP NUM_STEPS SAVE_INTERVAL RUN_DIR
-    export MAX_REQUEUES HF_CHECKPOINT PROMPT_DATA PYTHON SRUN_OPTIONS SIREN_REPOSITORY=$PWD
+    export MAX_REQUEUES HF_CHECKPOINT PROMPT_DATA EVAL_DATA EVAL_INTERVAL PYTHON SRUN_OPTIONS SIREN_REPOSITORY=$PWD
     local machines=(--nodes "$NODES" --ntasks-per-node 1)
     [ "$GPUS_PER_NODE" -eq 0 ] || machines+=(--exclusive)
     machines+=(--gpus-per-node "$GPUS_PER_NODE")
@@ -238,25 +243,22 @@ node_main='
 set -u
 first_ranks=$1 other_ranks=$2 stop_file=$3 logs=$4
 shift 4
-# The ranks set a handler of their own. torchrun has none and would die of the signal.
+# What SLURM may send to everything in the step is not for this shell: the ranks hear it by the file.
 trap "" USR1
 ranks=$other_ranks tee=()
 if [ "$SLURM_NODEID" -eq 0 ]; then
     ranks=$first_ranks tee=(--role rank --tee 0:3)
 fi
 mkdir -p "$logs/node$SLURM_NODEID"
-# Where it is there, torchrun with exit codes and signals put right.
-launcher=torch.distributed.run
-[ ! -f siren_megatron/launch.py ] || launcher=siren_megatron.launch
-"$PYTHON" -m "$launcher" --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
+"$PYTHON" -m siren_megatron.launch --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
     --nproc-per-node "$ranks" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
     --log-dir "$logs/node$SLURM_NODEID" --redirects 3 "${tee[@]}" "$@" &
 agent=$!
 trap "kill -TERM $agent" TERM INT
 while kill -0 "$agent" 2>/dev/null; do
     if [ -n "$stop_file" ] && [ -e "$stop_file" ]; then
-        # torchrun itself must go on; its children are the ranks.
-        kill -USR1 $(ps -o pid= --ppid "$agent")
+        # It hands the signal to its ranks, which finish their step, save and end.
+        kill -USR1 "$agent"
         stop_file=
     fi
     sleep 1 &
@@ -267,16 +269,16 @@ wait "$agent"
 
 # In the job: one torchrun a node; afterwards done, requeued, or failed.
 run_job() {
+    local attempt=${SLURM_JOB_ID}.${SLURM_RESTART_COUNT:-0} warned='' status=0 started_at=0 step host
+    logs=$RUN_DIR/logs/$attempt
+    mkdir -p "$logs"
+    local stop_file=$logs/stop-requested
+    trap 'warned=yes; touch "$stop_file"; echo "time limit ahead: the run saves and is requeued"' USR1
     require_inputs
     plan || die "the plan does not fit"
     resume_options
     WORLD_SIZE=$world_size "$PYTHON" pretrain_siren.py "${options[@]}" "${resume[@]}" --check || exit $?
 
-    local attempt=${SLURM_JOB_ID}.${SLURM_RESTART_COUNT:-0} started_at host
-    logs=$RUN_DIR/logs/$attempt
-    mkdir -p "$logs"
-    local stop_file=$logs/stop-requested
-    started_at=0
     [ "${resume[*]}" = --overwrite ] || started_at=$(saved_step)
     host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_ADDR=$(scontrol show node -o "$host" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
@@ -288,13 +290,11 @@ run_job() {
     printf '%s attempt %s on %s from step %s, %s ranks, store at %s:%s, logs in %s\n' "$(date '+%F %T')" \
         "$attempt" "$SLURM_JOB_NODELIST" "$started_at" "$world_size" "$MASTER_ADDR" "$MASTER_PORT" "$logs"
 
-    local warned='' status=0 step
     # shellcheck disable=SC2086 # SRUN_OPTIONS is several words
     srun --kill-on-bad-exit=1 --cpu-bind=none --ntasks-per-node=1 --nodes="$SLURM_JOB_NUM_NODES" $SRUN_OPTIONS \
         bash -c "$node_main" node "$first_ranks" "$other_ranks" "$stop_file" "$logs" \
         pretrain_siren.py "${options[@]}" "${resume[@]}" &
     step=$!
-    trap 'warned=yes; touch "$stop_file"; echo "time limit ahead: the run saves and is requeued"' USR1
     trap 'kill -TERM $step 2>/dev/null || true' TERM INT
     trap 'kill -TERM $step 2>/dev/null || true' EXIT
     # A signal ends `wait`; the step's own status comes when it has ended.

@@ -41,7 +41,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 JobRequeue=1
 ReturnToService=2
-KillWait=10
+KillWait=2
 SlurmctldTimeout=60
 SlurmdTimeout=60
 InactiveLimit=0
@@ -149,7 +149,7 @@ class Cluster:
         self._daemon("slurmctld", "-D", "-f", str(at / "slurm.conf"))
         for node in ("n1", "n2"):
             self._daemon("slurmd", "-D", "-N", node, "-f", str(at / "slurm.conf"))
-        self._wait(self._is_idle, "SLURM's nodes")
+        self._wait(self.is_idle, "SLURM's nodes")
 
     def _daemon(self, *command: str) -> None:
         log = open(self.directory / f"daemon-{len(self._daemons)}-{command[0]}.log", "wb")  # noqa: SIM115
@@ -160,7 +160,8 @@ class Cluster:
                 )
             )
 
-    def _is_idle(self) -> bool:
+    def is_idle(self) -> bool:
+        """Whether both nodes are up and run nothing."""
         done = self.run("sinfo", "-h", "-N", "-o", "%N %t", check=False)
         return done.stdout.split() == ["n1", "idle", "n2", "idle"]
 

@@ -65,20 +65,23 @@ def output(cluster: Cluster, job: int, path: Path) -> str:
     return f"{cluster.job(job)}\n{text[-6000:]}{cluster.logs()}"
 
 
-def wait_for_end(cluster: Cluster, job: int, log: Path, timeout: float = 300) -> None:
+def wait_for(cluster: Cluster, job: int, log: Path, condition, what: str, timeout: float = 180) -> None:
+    """Poll until `condition` holds; a failure shows the job, its output and SLURM's logs."""
+    try:
+        wait_until(condition, timeout, what)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{output(cluster, job, log)}") from None
+
+
+def wait_for_end(cluster: Cluster, job: int, log: Path) -> None:
     """Until the job is completed; fails at once where it failed."""
 
     def ended() -> bool:
         state = cluster.job(job)["JobState"]
-        assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "COMPLETED", "REQUEUED"), output(
-            cluster, job, log
-        )
+        assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "COMPLETED", "REQUEUED"), state
         return state == "COMPLETED"
 
-    try:
-        wait_until(ended, timeout, f"job {job}")
-    except AssertionError as error:
-        raise AssertionError(f"{error}\n{output(cluster, job, log)}") from None
+    wait_for(cluster, job, log, ended, f"the end of job {job}", timeout=300)
 
 
 def submit_two_replicas(cluster: Cluster, checkpoint: Path, run: Path, log: Path, **more: object) -> int:
@@ -87,15 +90,19 @@ def submit_two_replicas(cluster: Cluster, checkpoint: Path, run: Path, log: Path
     return int(cluster.run(*command, *TOY, **variables(checkpoint, run, TP=1, **more)).stdout)
 
 
-def start_again(cluster: Cluster, job: int, restarts: int) -> None:
-    """Wait until SLURM has requeued the job, and spare it the two minutes that SLURM then lets pass."""
+def start_again(cluster: Cluster, job: int, log: Path, restarts: int) -> None:
+    """Wait until SLURM has requeued the job, and spare it the two minutes that SLURM then lets pass.
+
+    Both nodes have to be through with the last attempt: a node that still ends it would refuse the next, and
+    SLURM would hold the job.
+    """
 
     def requeued() -> bool:
         state = cluster.job(job)
-        return int(state["Restarts"]) == restarts and state["JobState"] in ("PENDING", "RUNNING")
+        return state["Restarts"] == str(restarts) and state["JobState"] == "PENDING" and cluster.is_idle()
 
-    wait_until(requeued, 120, "requeueing")
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+    wait_for(cluster, job, log, requeued, "requeueing", timeout=90)
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
 def attempts(run: Path) -> list[list[str]]:
@@ -124,7 +131,7 @@ def test_a_layer_cut_over_two_nodes_survives_a_killed_step_and_a_lost_node(clust
     job = int(re.search(r"submitted: job (\d+)", submitted)[1])
     log = run / "logs" / f"job-{job}.out"
     pointer = run / "train" / "checkpoints" / "latest"
-    wait_until(pointer.exists, 180, f"a checkpoint of {output(cluster, job, log)}")
+    wait_for(cluster, job, log, pointer.exists, "a checkpoint")
     killed = 0
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -133,14 +140,14 @@ def test_a_layer_cut_over_two_nodes_survives_a_killed_step_and_a_lost_node(clust
                 process.send_signal(signal.SIGKILL)
                 killed += 1
     assert killed >= 2, "torchrun and its rank ran on the second node"
-    start_again(cluster, job, restarts=1)
+    start_again(cluster, job, log, restarts=1)
     saved = pointer.read_text()
-    wait_until(lambda: pointer.read_text() != saved, 180, f"a step of the next attempt {saved}")
+    wait_for(cluster, job, log, lambda: pointer.read_text() != saved, "a step of the next attempt")
     # To SLURM this is a node that failed: the job is requeued without a word of the script.
     cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
-    wait_until(lambda: cluster.job(job)["Restarts"] == "2", 60, "requeueing by SLURM")
+    wait_for(cluster, job, log, lambda: cluster.job(job)["Restarts"] == "2", "requeueing by SLURM")
     cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)  # unless it is back
-    start_again(cluster, job, restarts=2)
+    start_again(cluster, job, log, restarts=2)
     wait_for_end(cluster, job, log)
     assert cluster.job(job)["NodeList"] == "n[1-2]"
     first, *_, last = attempts(run)
@@ -158,17 +165,14 @@ def test_a_layer_cut_over_two_nodes_survives_a_killed_step_and_a_lost_node(clust
     check_whole_run(cluster, run, steps)
 
 
-@pytest.mark.skipif(
-    not (REPOSITORY / "siren_megatron" / "signals.py").exists(), reason="this version's runs hear no signals"
-)
 def test_a_warned_run_saves_and_goes_on_after_requeueing(cluster, toy_checkpoint, tmp_path):
     """SIGUSR1 to the script, as SLURM sends it before the time limit; nothing else saves this run."""
     run, log, steps = tmp_path / "run", tmp_path / "job.out", 12
     job = submit_two_replicas(cluster, toy_checkpoint, run, log, NUM_STEPS=steps, SAVE_INTERVAL=1000)
     metrics = run / "train" / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and read_metrics(metrics), 180, "the first step")
+    wait_for(cluster, job, log, lambda: metrics.exists() and read_metrics(metrics), "the first step")
     cluster.run("scancel", "--batch", "--signal=USR1", str(job))
-    start_again(cluster, job, restarts=1)
+    start_again(cluster, job, log, restarts=1)
     wait_for_end(cluster, job, log)
     first, last = attempts(run)
     assert first[-1] == "warned" and first[9] == "0" and 1 <= int(first[5]) < steps, first
@@ -179,9 +183,9 @@ def test_a_warned_run_saves_and_goes_on_after_requeueing(cluster, toy_checkpoint
 def test_a_cancelled_job_is_not_requeued(cluster, toy_checkpoint, tmp_path):
     run, log = tmp_path / "run", tmp_path / "job.out"
     job = submit_two_replicas(cluster, toy_checkpoint, run, log, NUM_STEPS=1000)
-    wait_until((run / "train" / "vllm.log").exists, 120, f"the run {output(cluster, job, log)}")
+    wait_for(cluster, job, log, (run / "train" / "vllm.log").exists, "the server's start")
     cluster.run("scancel", str(job))
-    wait_until(lambda: not cluster.run("squeue", "-h").stdout, 60, "the end of the job")
+    wait_for(cluster, job, log, lambda: not cluster.run("squeue", "-h").stdout, "the end of the job")
     assert cluster.job(job)["JobState"] == "CANCELLED" and cluster.job(job)["Restarts"] == "0"
     wait_until(lambda: not processes_mentioning(str(run)), 30, "every process of the run ended")
 
