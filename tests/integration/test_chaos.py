@@ -51,7 +51,7 @@ def own_metrics(row):
 
 def test_a_server_that_dies_and_hangs_leaves_no_trace(toy_checkpoint, tmp_path):
     """One fault a step: each in a place of its own, and then everything is as if there had been none."""
-    options = {"num_steps": STEPS, "rollout_max_in_flight": 2, "rollout_request_timeout": 10}
+    options = {"num_steps": STEPS, "rollout_max_in_flight": 2, "rollout_request_timeout": 6}
     environment = faults(
         step_1="kill the engine",
         step_2="kill the API server in an update",
@@ -89,7 +89,7 @@ def everyone_in(job):
 def test_bad_samples_cost_themselves_and_signals_end_a_run_that_resumes(toy_checkpoint, tmp_path):
     save = tmp_path / "run"
     reward = {"reward-function": REPOSITORY / "tests" / "integration" / "hostile_countdown.py"}
-    options = {**reward, "num_steps": 1000, "reward_time_limit": 1, "micro_batch_size": 8}
+    options = {**reward, "num_steps": 1000, "save_interval": 1, "reward_time_limit": 1, "micro_batch_size": 8}
     first = [option.replace(".py", ".py:grade") for option in toy_options(toy_checkpoint, save, **options)]
     first = [o for i, o in enumerate(first) if o != "--reward" and first[i - 1] != "--reward"]
     environment = faults(step_2="not a number")
