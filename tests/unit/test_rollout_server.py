@@ -131,6 +131,9 @@ def test_arguments_on_a_cpu(checkpoint):
     assert value["--generation-config"] == "vllm"
     assert value["--kv-cache-memory-bytes"] == str(256 * 2**20)
     assert json.loads(value["--weight-transfer-config"]) == {"backend": "siren_shared_memory"}
+    assert value["--middleware"] == "siren_megatron.vllm_auth.RequireKey"
+    assert value["--load-format"] == "safetensors"
+    assert "--api-key" not in arguments and "--trust-remote-code" not in arguments
     assert "--enforce-eager" in arguments
     assert "--gpu-memory-utilization" not in arguments
     assert arguments[-2:] == ["--block-size", "32"]
