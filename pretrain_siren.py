@@ -23,6 +23,7 @@ def main() -> None:
     from siren_megatron.job import Job
 
     with Job(config, device, signals) as job:
+        job.evaluate_if_due()
         while job.goes_on():
             prompts = job.next_prompts()
             prompts, groups = job.generate(prompts)
@@ -33,8 +34,10 @@ def main() -> None:
             batch = job.compute_advantages(batch)
             metrics = job.update(batch)
             job.update_weights()
+            job.evaluate_if_due()
             job.log(batch, metrics)
             job.save_if_due()
+        job.finish_saves()
         job.export()
 
 

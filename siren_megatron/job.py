@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -16,9 +17,10 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from siren_megatron import random_states
 from siren_megatron.advantages import assign_advantages
 from siren_megatron.batch import Sample, TrainBatch, broadcast_batch, make_batch
-from siren_megatron.checkpoint import load_checkpoint, save_checkpoint
+from siren_megatron.checkpoint import CheckpointSaver, LoadedRun, SaveError, load_checkpoint
 from siren_megatron.config import Config, read_hf_config
 from siren_megatron.control import Control, another_rank_failed, mark_failed
 from siren_megatron.dynamic_sampling import refill
@@ -32,15 +34,17 @@ from siren_megatron.reward_pool import RewardPool, RewardPoolError
 from siren_megatron.rollout import RolloutError
 from siren_megatron.rollout_service import RolloutService, server_options
 from siren_megatron.signals import StopSignals, describe
+from siren_megatron.token_record import TokenRecorder
 from siren_megatron.tokenizer import replace_tokenizer_files
 from siren_megatron.trainer import Trainer, initialize_model_parallel
+from siren_megatron.training_evaluation import TrainingEvaluation
 from siren_megatron.weight_sync import WeightSyncError
 
 CHECK_TOKENS = 8
 """Response tokens that vLLM and the trainer compare after each weight update."""
 
 
-_ONE_LINE = (RolloutError, WeightSyncError, NonFiniteError, RewardPoolError)
+_ONE_LINE = (RolloutError, WeightSyncError, NonFiniteError, RewardPoolError, SaveError)
 
 
 class Job:
@@ -64,6 +68,8 @@ class Job:
         self.stopped_by = 0
         self.entropy_anchor: float | None = None
         self.sampling_metrics: dict[str, float] = {}
+        self._loaded: LoadedRun | None = None
+        self.recorder = TokenRecorder(config)
         self._stack = contextlib.ExitStack()
         self._built = False
 
@@ -104,7 +110,7 @@ class Job:
         self.rollouts = self._stack.enter_context(
             RolloutService(
                 config,
-                server_options(config, on_cpu=not self.platform.is_cuda),
+                server_options(config, on_cpu=not self.platform.is_cuda) if self.is_main else None,
                 Control(),
                 is_main=self.is_main,
                 report=self._print,
@@ -121,11 +127,15 @@ class Job:
             self.logger = self._stack.enter_context(self._make_logger())
             if self.step:
                 self.logger.truncate_after(self.step)
+            self.recorder.open(self.step, self.tokenizer, self.dataset.prompts)
         self.timer = StageTimer()
         # The server has loaded --hf-checkpoint's weights.
         if self.step or config.model.pretrained_checkpoint is not None:
             self.update_weights()
             self.timer.pop()  # the first step's times are its own
+        if self._loaded is not None and self._loaded.random_states is not None:
+            # After all else that may draw: the next step finds them as the saved one left them.
+            random_states.restore(self._loaded.random_states, self.platform.device)
         self._built = True
         self.signals.arm(another_rank_failed)
 
@@ -144,6 +154,8 @@ class Job:
             data.reward_name, num_workers=data.reward_num_workers, time_limit_s=data.reward_time_limit
         )
         self._stack.callback(self.rewards.close)
+        self.evaluation = TrainingEvaluation(config, self.tokenizer, self.rewards)
+        self._stack.callback(self.evaluation.close)
 
     def _make_logger(self) -> MetricsLogger:
         run = self.config.run
@@ -279,6 +291,7 @@ class Job:
         )
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
+        self.recorder.record(self.step + 1, batch, self.trainer)
         with self.timer.stage("train"):
             metrics = self.trainer.update(batch, self.entropy_anchor, step=self.step)
         self.step += 1
@@ -326,6 +339,14 @@ class Job:
             when=when,
         )
 
+    def evaluate_if_due(self) -> None:
+        """Sample and grade the benchmarks every `--eval-interval` steps; `log` records it with the step."""
+        self.rollouts.lead()
+        if self.is_main and self.evaluation.is_due(self.step):
+            with self.timer.stage("eval"):
+                self.evaluation.run(self.step, self.rollouts, self.logger.print)
+        self.rollouts.assist()
+
     # ---------------------------------------------------------------- record
 
     @property
@@ -348,6 +369,7 @@ class Job:
                 "siren/entropy_masked": self.trainer.masked_entropy(batch),
                 self._anchor_name: self.trainer.entropy.target(self.entropy_anchor),
                 **self.sampling_metrics,
+                **self.evaluation.metrics_of(self.step),
                 **metrics,
                 "response_length": tokens / batch.num_responses,
                 "rollout_logprob_diff": float(
@@ -362,31 +384,57 @@ class Job:
             },
         )
 
+    @functools.cached_property
+    def saver(self) -> CheckpointSaver:
+        run = self.config.run
+        return CheckpointSaver(
+            run.save / "checkpoints",
+            self.trainer,
+            asynchronous=run.async_save,
+            total_limit=run.save_total_limit,
+        )
+
     def save_if_due(self) -> None:
-        """Write a checkpoint every `--save-interval` steps, after the last one, and when a signal came."""
+        """Write a checkpoint every `--save-interval` steps, after the last one, and when a signal came.
+
+        Raises:
+            SaveError: it could not be written, or the one that `--async-save` was writing could not.
+        """
+        self.saver.poll()
         # A signal may reach some ranks only.
         self.stopped_by = self.rollouts.control.agree(self.signals.received())
         interval = self.config.run.save_interval
         due = self.step == self.config.train.num_steps or (interval and self.step % interval == 0)
         if due or self.stopped_by:
-            save_checkpoint(
-                self.config.run.save / "checkpoints",
-                self.trainer,
+            self.saver.save(
                 {
                     "step": self.step,
                     "entropy_anchor": self.entropy_anchor,
                     "entropy": self.trainer.entropy.state_dict(),
                     "cursor": self.cursor.state_dict() if self.is_main else None,
                     "config": self.config.flat(),
-                },
+                }
             )
 
+    def finish_saves(self) -> None:
+        """Wait for a checkpoint that `--async-save` is writing. Raises as `save_if_due`."""
+        self.saver.wait()
+
     def _resume(self) -> None:
-        state = load_checkpoint(self.config.run.load / "checkpoints", self.trainer)
+        """Go on from the newest good checkpoint."""
+        self._loaded = load_checkpoint(self.config.run.load / "checkpoints", self.trainer)
+        state = self._loaded.state
         self.step, self.entropy_anchor = state["step"], state["entropy_anchor"]
         self.trainer.entropy.load_state_dict(state["entropy"])
+        mistake: list[str | None] = [None]
         if self.is_main:
-            self.cursor.load_state_dict(state["cursor"])
+            try:
+                self.cursor.load_state_dict(state["cursor"])
+            except ValueError as error:
+                mistake = [str(error)]
+        dist.broadcast_object_list(mistake, src=0)
+        if mistake[0] is not None:
+            raise ValueError(mistake[0])
 
     def export(self) -> None:
         """Write the policy as a Hugging Face checkpoint to `<save>/hf`; a stopped run says how to resume."""

@@ -46,6 +46,7 @@ class RolloutClient:
         max_in_flight: requests (prompts) sent at a time; vLLM batches what it has.
         server: the server, if it is ours: its death is then noticed and described.
         model: the model's name in requests; taken from server when that is given.
+        api_key: what a server that is not ours asks for; None = nothing.
         request_retries: how often a request that ran past its time is sent again before it is dropped.
 
     Attributes:
@@ -60,6 +61,7 @@ class RolloutClient:
         *,
         server: RolloutServer | None = None,
         model: str | None = None,
+        api_key: str | None = None,
         request_retries: int = 0,
     ) -> None:
         if request_timeout_s <= 0:
@@ -73,6 +75,7 @@ class RolloutClient:
         self.num_retries = self.num_dropped = 0
         self._server = server
         self._model = model if server is None else server.name
+        self._api_key = api_key if server is None else server.api_key
 
     def generate(
         self,
@@ -204,7 +207,7 @@ class RolloutClient:
             # A connection for each request: the server closes idle ones, perhaps just as one is used again.
             "connector": aiohttp.TCPConnector(limit=0, force_close=True),
             "timeout": aiohttp.ClientTimeout(total=self.request_timeout_s),
-            "headers": bearer(None if self._server is None else self._server.api_key),
+            "headers": bearer(self._api_key),
         }
         async with aiohttp.ClientSession(self.url, **settings) as session:
             tasks = [

@@ -20,6 +20,11 @@ class RolloutOptions:
     rollout_gpu_memory_utilization: float = option(
         0.5, "share of a GPU's memory that vLLM takes", above=0, maximum=1
     )
+    rollout_devices: str | None = option(
+        None,
+        "GPUs of the first node that the vLLM server has for itself, such as 4,5,6,7 (its tensor-parallel "
+        "size is their number); default: it shares the first rank's GPU",
+    )
     rollout_start_timeout: float = option(300.0, "seconds for the server to become ready", above=0)
     rollout_request_timeout: float = option(600.0, "seconds for one generation request", above=0)
     rollout_request_retries: int = option(

@@ -7,13 +7,16 @@ is a collective, and a server that was started again needs the current one, not 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from siren_megatron.batch import Sample
 from siren_megatron.config import Config
 from siren_megatron.control import Control
+from siren_megatron.placement import server_devices
 from siren_megatron.rollout import RolloutClient, RolloutError, RolloutServer, ServerFailed, ServerOptions
 from siren_megatron.vllm_health import HealthMonitor
 from siren_megatron.weight_sync import WeightPublisher
@@ -23,7 +26,11 @@ _DONE, _GIVE_WEIGHTS, _ABORT = range(3)
 
 
 def server_options(config: Config, *, on_cpu: bool) -> ServerOptions:
-    """How a run's server is started."""
+    """How a run's server is started; for rank 0, on whose machine it is.
+
+    Raises:
+        ValueError: `--rollout-devices` names a GPU that is not there or not free.
+    """
     rollout = config.rollout
     return ServerOptions(
         model=config.model.hf_checkpoint,
@@ -36,6 +43,9 @@ def server_options(config: Config, *, on_cpu: bool) -> ServerOptions:
         device="cpu" if on_cpu else "cuda",
         gpu_memory_utilization=rollout.rollout_gpu_memory_utilization,
         start_timeout_s=rollout.rollout_start_timeout,
+        **server_devices(
+            rollout.rollout_devices, os.environ, gpus=0 if on_cpu else torch.cuda.device_count()
+        ),
     )
 
 
@@ -44,7 +54,7 @@ class RolloutService:
 
     Args:
         config: the run's options.
-        options: of the server.
+        options: of the server; None on the ranks that have none.
         control: how the ranks talk.
         is_main: whether this is rank 0.
         report: prints a line for the user.
@@ -53,7 +63,7 @@ class RolloutService:
     def __init__(
         self,
         config: Config,
-        options: ServerOptions,
+        options: ServerOptions | None,
         control: Control,
         *,
         is_main: bool,

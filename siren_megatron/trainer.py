@@ -48,6 +48,7 @@ from siren_megatron.nonfinite import SkippedUpdates, any_non_finite
 from siren_megatron.platform import Platform
 from siren_megatron.reference import ReferenceWeights
 from siren_megatron.vocab_parallel import TokenStats, TopPCounters, vocab_parallel_token_stats
+from siren_megatron.vocab_parallel.top_tokens import vocab_parallel_top_tokens
 from siren_megatron.vocab_parallel.top_two import vocab_parallel_top_two_gap
 
 _LOSS = "loss of the micro-batch"  # among its metrics on its way through the schedule
@@ -233,6 +234,29 @@ class Trainer:
 
         with self.reference.swapped_in():
             return batch.replace(ref_logprobs=self._collect(batch, collect, 1)[0])
+
+    @torch.no_grad()
+    def top_tokens(self, batch: TrainBatch, count: int) -> tuple[Tensor, Tensor]:
+        """A collective: the policy's likeliest tokens at the positions of the responses.
+
+        Args:
+            batch: any number of rows, the same on every rank.
+            count: tokens a position.
+
+        Returns:
+            (ids int64, log-probs fp32 in nats), both [N, S, count], the likeliest first; 0 outside loss_mask.
+        """
+        group = self.tp_group if self.tp_group.size() > 1 else None
+        rows = batch.num_responses
+        filled = batch.select([*range(rows), *[0] * (-rows % self.smallest_batch)])
+
+        def collect(micro: MicroBatch, logits: Tensor, non_loss_data: bool = True) -> list[Tensor]:
+            selected = self._response_logits(micro, logits)
+            top = vocab_parallel_top_tokens(selected, count, vocab_size=self.vocab_size, tp_group=group)
+            return [*self._to_rows(micro, torch.cat([part.T.float() for part in top]))]  # ids < 2^24: exact
+
+        values = self._collect(filled, collect, 2 * count)[:, :rows].permute(1, 2, 0)
+        return values[..., :count].long(), values[..., count:]
 
     def _collect(self, batch: TrainBatch, collect: Any, count: int) -> Tensor:
         """A forward pass over all rows: what `collect` returns, [count, N, S] on every rank."""

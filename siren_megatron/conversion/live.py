@@ -23,6 +23,7 @@ from siren_megatron.architecture import Architecture, Parameter
 from siren_megatron.conversion.cuts import join, read_shard
 from siren_megatron.conversion.files import HfReader, HfWriter, companions, record_dtype
 from siren_megatron.conversion.megatron_reader import MegatronReader
+from siren_megatron.conversion.pickle_check import check_pickles
 from siren_megatron.families import parameter_name
 
 MAX_FILE_BYTES = 4 * 1024**3
@@ -92,8 +93,9 @@ def load_megatron_weights(model: Model, directory: Path) -> None:
     Raises:
         ValueError: there is no such checkpoint, or a tensor is missing.
     """
-    # Reading the table of contents first also refuses one that would run code: megatron-core unpickles it.
     singles = "decoder.layers.self_attention.linear_qkv.weight" not in MegatronReader(directory).shapes
+    # megatron-core unpickles what the reader above only looked at.
+    check_pickles(directory, objects=False)
     metadata = {
         "singleton_local_shards": singles,
         "non_homogeneous_layers": singles,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+
 import pytest
 import torch
 
@@ -41,15 +44,16 @@ def finish(trainer, batch):
 
 def save_and_go_on(rank, world_size, checkpoint, directory, options):
     trainer, batch = build(checkpoint, options)
-    from siren_megatron.checkpoint import save_checkpoint
+    from siren_megatron.checkpoint import CheckpointSaver
 
     batch = trainer.compute_logprobs(batch)
     trainer.update(batch, ANCHOR)
-    save_checkpoint(directory, trainer, {"step": 1, "entropy_anchor": ANCHOR if rank == 0 else None})
+    saver = CheckpointSaver(directory, trainer)
+    saver.save({"step": 1, "entropy_anchor": ANCHOR if rank == 0 else None})
     return finish(trainer, batch)
 
 
-def load_and_go_on(rank, world_size, checkpoint, directory, layouts):
+def load_and_go_on(rank, world_size, checkpoint, directory, layouts, saved_with):
     from siren_megatron.checkpoint import load_checkpoint
 
     results = []
@@ -57,7 +61,12 @@ def load_and_go_on(rank, world_size, checkpoint, directory, layouts):
         trainer, batch = build(checkpoint, options)
         # The ratios' base is the policy before the first update, as in the run that goes on.
         batch = trainer.compute_logprobs(batch)
-        state = load_checkpoint(directory, trainer)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            loaded = load_checkpoint(directory, trainer)
+        told = "random states could not be carried over" in printed.getvalue()
+        assert told == (rank == 0 and options != saved_with), printed.getvalue()
+        state, carried = loaded.state, loaded.random_states is not None
+        assert carried == (options == saved_with)
         assert state == {"step": 1, "entropy_anchor": ANCHOR}, state
         results.append(finish(trainer, batch))
     return results
@@ -71,7 +80,7 @@ def difference(ours, theirs):
 def test_resume_is_exact_in_the_same_layout(tmp_path, options):
     checkpoint = make_random_checkpoint(tmp_path / "model", tie_word_embeddings=True)
     went_on, weights = run_ranks(save_and_go_on, 2, checkpoint, tmp_path / "saved", options)[0]
-    resumed = run_ranks(load_and_go_on, 2, checkpoint, tmp_path / "saved", [options])[0]
+    resumed = run_ranks(load_and_go_on, 2, checkpoint, tmp_path / "saved", [options], options)[0]
     assert resumed[0][0] == went_on
     assert all(torch.equal(resumed[0][1][name], weights[name]) for name in weights)
     assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == ["latest", "step_000001"]
@@ -81,7 +90,6 @@ def test_resume_in_another_layout(tmp_path):
     checkpoint = make_random_checkpoint(tmp_path / "model")
     _, weights = run_ranks(save_and_go_on, 2, checkpoint, tmp_path / "saved", {TP: 2})[0]
     layouts = [{PP: 2}, {}, {TP: 2, "sequence_parallel": True}]
-    for options, (_, resumed) in zip(
-        layouts, run_ranks(load_and_go_on, 2, checkpoint, tmp_path / "saved", layouts)[0], strict=True
-    ):
+    results = run_ranks(load_and_go_on, 2, checkpoint, tmp_path / "saved", layouts, {TP: 2})[0]
+    for options, (_, resumed) in zip(layouts, results, strict=True):
         assert difference(resumed, weights) < 1e-5, options

@@ -88,6 +88,16 @@ def wait_until(condition: Callable[[], object], timeout: float, what: str) -> No
         time.sleep(0.1)
 
 
+def kill_all(job: subprocess.Popen[str]) -> None:
+    """SIGKILL for a job's processes, each by its own id: torchrun, the ranks, and all that they started."""
+    tree = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    for process in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(tree, timeout=30)
+    job.communicate()
+
+
 def processes_mentioning(text: str) -> list[psutil.Process]:
     """Live processes whose command line holds `text` (a run's own directory, say)."""
     found = []

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPTS = ("tools/setup_venv.sh", "tests/run.sh", "examples/run_siren_cpu.sh", ".ci/run")
+SCRIPTS = (
+    "tools/setup_venv.sh",
+    "tests/run.sh",
+    "examples/run_siren_cpu.sh",
+    "examples/run_siren_7b_tp4.sh",
+    "tests/nightly/run.slurm",
+    ".ci/run",
+)
 
 # Answers to what setup_venv.sh asks of Python; calls that change something are written to $CALLS.
 FAKE_PYTHON = r"""#!/usr/bin/env bash
