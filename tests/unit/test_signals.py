@@ -149,6 +149,15 @@ def test_the_launcher_ends_with_the_ranks_exit_code(tmp_path):
     assert "launch: rank 1 ended with exit code 7" in err and "Traceback" not in err
 
 
+def test_plain_torchrun_passes_sigterm_on_and_ends_with_1_all_the_same(tmp_path):
+    with started(tmp_path, "works", "-m", "torch.distributed.run", *LAUNCH[2:]) as process:
+        wait_for_ranks(tmp_path, process, 2)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert sorted(out.splitlines()) == [f"rank {rank} heard SIGTERM" for rank in (0, 1)]
+    assert process.returncode == 1 and "SignalException" in err
+
+
 def test_ranks_whose_launcher_is_gone_stop_too(tmp_path):
     with started(tmp_path, "works", "-m", "torch.distributed.run", *LAUNCH[2:]) as process:
         wait_for_ranks(tmp_path, process, 2)
