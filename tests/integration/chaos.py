@@ -7,6 +7,7 @@ Only where the fault is put, and the NaN, is ours.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 FAULTS = json.loads(os.environ["FAULTS"])
+SWALLOWED = {"hang a request": 1, "hang a request and its second try": 2}
 
 
 def engine_of(server) -> psutil.Process:
@@ -35,8 +37,8 @@ def api_server_of(server) -> psutil.Process:
     return api_server
 
 
-def proxy_that_swallows_one(url: str) -> str:
-    """A proxy of url; the first connection is read and never answered."""
+def proxy_that_swallows(count: int, url: str) -> str:
+    """A proxy of url; the first connections, each a request, are read and never answered."""
     host, port = url.removeprefix("http://").split(":")
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -53,14 +55,12 @@ def proxy_that_swallows_one(url: str) -> str:
                     end.shutdown(socket.SHUT_RDWR)  # close alone would wait for the other thread's recv
 
     def accept() -> None:
-        first = True
-        while True:
+        for number in itertools.count():
             client, _ = listener.accept()
-            server = None if first else socket.create_connection((host, int(port)))
-            pumps = [(client, server)] if first else [(client, server), (server, client)]
+            server = None if number < count else socket.create_connection((host, int(port)))
+            pumps = [(client, server)] if server is None else [(client, server), (server, client)]
             for ends in pumps:
                 threading.Thread(target=pump, args=ends, daemon=True).start()
-            first = False
 
     threading.Thread(target=accept, daemon=True).start()
     return f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -88,9 +88,10 @@ def install_faults() -> None:
 
     def generate_with_faults(self, prompts, *, on_group=None, **options):
         # Not the check after a weight update, which is one prompt.
-        fault = due("kill the engine", "stop the engine", "hang a request") if len(prompts) > 1 else None
-        if fault == "hang a request":
-            self.url = proxy_that_swallows_one(self.url)
+        fault = due("kill the engine", "stop the engine", *SWALLOWED) if len(prompts) > 1 else None
+        url = self.url
+        if fault in SWALLOWED:
+            self.url = proxy_that_swallows(SWALLOWED[fault], url)
 
         def first_group(index, samples):
             nonlocal fault
@@ -101,7 +102,10 @@ def install_faults() -> None:
                 fault = None
             on_group(index, samples)
 
-        return generate(self, prompts, on_group=first_group, **options)
+        try:
+            return generate(self, prompts, on_group=first_group, **options)
+        finally:
+            self.url = url
 
     rollout.RolloutClient.generate = generate_with_faults
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -51,7 +52,7 @@ def own_metrics(row):
 
 def test_a_server_that_dies_and_hangs_leaves_no_trace(toy_checkpoint, tmp_path):
     """One fault a step: each in a place of its own, and then everything is as if there had been none."""
-    options = {"num_steps": STEPS, "rollout_max_in_flight": 2, "rollout_request_timeout": 10}
+    options = {"num_steps": STEPS, "rollout_max_in_flight": 2, "rollout_request_timeout": 6}
     environment = faults(
         step_1="kill the engine",
         step_2="kill the API server in an update",
@@ -88,12 +89,22 @@ def everyone_in(job):
 
 def test_bad_samples_cost_themselves_and_signals_end_a_run_that_resumes(toy_checkpoint, tmp_path):
     save = tmp_path / "run"
-    reward = {"reward-function": REPOSITORY / "tests" / "integration" / "hostile_countdown.py"}
-    options = {**reward, "num_steps": 1000, "reward_time_limit": 1, "micro_batch_size": 8}
-    first = [option.replace(".py", ".py:grade") for option in toy_options(toy_checkpoint, save, **options)]
-    first = [o for i, o in enumerate(first) if o != "--reward" and first[i - 1] != "--reward"]
-    environment = faults(step_2="not a number")
-    with started_job(first, script=CHAOS, launcher=LAUNCH, environment=environment) as job:
+    # One request at a time: the two that hang are the first prompt's, and the third asks for a single token.
+    options = toy_options(
+        toy_checkpoint,
+        save,
+        num_steps=1000,
+        save_interval=1,
+        micro_batch_size=8,
+        reward_function=f"{REPOSITORY / 'tests' / 'integration' / 'hostile_countdown.py'}:grade",
+        reward_time_limit=1,
+        rollout_max_in_flight=1,
+        rollout_request_timeout=3,
+    )
+    at = options.index("--reward")  # it and --reward-function exclude each other
+    del options[at : at + 2]
+    environment = faults(step_2="not a number", step_3="hang a request and its second try")
+    with started_job(options, script=CHAOS, launcher=LAUNCH, environment=environment) as job:
         wait_until(lambda: job.poll() is not None or len(rows_of(save)) >= 3, 180, "three steps")
         job.send_signal(signal.SIGTERM)
         out, err = job.communicate(timeout=120)
@@ -110,14 +121,18 @@ def test_bad_samples_cost_themselves_and_signals_end_a_run_that_resumes(toy_chec
     # Two updates a step: the one with the NaN is left out and kept, the other one counts.
     assert [row["skipped_updates"] for row in rows] == [0, 1, *[0] * (last - 2)]
     assert all(math.isfinite(row["grad_norm"]) for row in rows)
+    # A prompt that is too slow twice makes room for the next one.
+    assert [(row["rollout_retries"], row["rollout_dropped"]) for row in rows[:3]] == [(0, 0), (0, 0), (1, 1)]
+    assert not any(row["rollout_restarts"] for row in rows)
     kept = [path.name for path in (save / "bad_batches").iterdir()]
     assert kept == ["step_000002_update_1.safetensors"]
 
     # It goes on from there; SIGUSR1 comes to every process of the job, vLLM and the rewards included.
-    with started_job([*first, "--load", str(save)], launcher=LAUNCH) as job:
+    with started_job([*options, "--load", str(save)], launcher=LAUNCH) as job:
         wait_until(lambda: job.poll() is not None or rows_of(save)[-1]["step"] >= last + 2, 180, "two steps")
         for process in everyone_in(job):
-            process.send_signal(signal.SIGUSR1)
+            with contextlib.suppress(psutil.NoSuchProcess):  # reward workers come and go
+                process.send_signal(signal.SIGUSR1)
         out, err = job.communicate(timeout=120)
     assert job.returncode == 0, err[-3000:]
     rows = rows_of(save)

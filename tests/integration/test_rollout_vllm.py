@@ -183,6 +183,14 @@ def test_nobody_else_can_reach_the_server_or_see_its_key(served):
     assert served.server.api_key not in served.server.options.log_file.read_text()
 
 
+def test_signals_for_the_trainer_leave_it_alone(served):
+    members = group_members(served.server.pid)
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        os.killpg(served.server.pid, signum)
+    assert largest_difference(served.model, served.generate(seed=21), 1.0) < TOLERANCE
+    assert sorted(group_members(served.server.pid)) == sorted(members)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_the_sampling_distribution(served, temperature):
     groups = served.generate(temperature=temperature, seed=1)
@@ -239,7 +247,7 @@ def test_prompts_that_can_not_be_served_are_refused_at_once(served):
         with pytest.raises(ValueError, match="prompt 1 has a token outside the vocabulary, 0 to 512 - 1"):
             served.generate(prompts=[[3], [4, token]])
     stranger = RolloutClient(served.server.url, 10.0, 4, model="another")
-    with pytest.raises(RolloutError, match="HTTP 404 for prompt 0: The model `another` does not exist"):
+    with pytest.raises(RolloutError, match="HTTP 401 for prompt 0: no or a wrong API key"):
         stranger.generate(
             PROMPTS[:1], num_samples=1, max_tokens=1, temperature=1.0, seed=0, stop_token_ids=[]
         )

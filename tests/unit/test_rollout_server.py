@@ -30,6 +30,8 @@ def main():
     if os.environ["FAKE_VLLM"] == "dies":
         print("ValueError: the fake model is broken", flush=True)
         sys.exit(3)
+    from multiprocessing import resource_tracker
+    resource_tracker.ensure_running()  # as vLLM does; it unblocks SIGTERM
     if os.environ["FAKE_VLLM"] != "serves alone":
       subprocess.Popen([sys.executable, "-c",
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
@@ -129,6 +131,9 @@ def test_arguments_on_a_cpu(checkpoint):
     assert value["--generation-config"] == "vllm"
     assert value["--kv-cache-memory-bytes"] == str(256 * 2**20)
     assert json.loads(value["--weight-transfer-config"]) == {"backend": "siren_shared_memory"}
+    assert value["--middleware"] == "siren_megatron.vllm_auth.RequireKey"
+    assert value["--load-format"] == "safetensors"
+    assert "--api-key" not in arguments and "--trust-remote-code" not in arguments
     assert "--enforce-eager" in arguments
     assert "--gpu-memory-utilization" not in arguments
     assert arguments[-2:] == ["--block-size", "32"]
@@ -202,7 +207,7 @@ def test_start_ready_and_stop(make_options):
         assert server.alive()
         server.wait_ready()
         wait_until(lambda: "engine is up" in server.log_tail(), 10)
-        assert len(group_members(server.pid)) == 3  # launcher, vLLM, engine
+        assert len(group_members(server.pid)) == 4  # launcher, vLLM, its resource tracker, engine
         assert server.transfer_dir.is_dir()
         assert server.transfer_dir.stat().st_mode & 0o077 == 0
     assert not server.alive()
@@ -314,7 +319,7 @@ def test_signals_for_the_trainer_leave_the_server_alone(make_options):
         for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             os.killpg(server.pid, signum)
         server.wait_ready()
-        for pid in members:
+        for pid in (server.pid, pid_of_vllm(server)):
             pending = Path(f"/proc/{pid}/status").read_text().split("ShdPnd:")[1].split()[0]
             assert int(pending, 16) >> signal.SIGTERM - 1 & 1, "it is blocked, not handled"
         assert group_members(server.pid) == members
@@ -366,7 +371,7 @@ def test_a_killed_parent_takes_the_server_along(make_options, tmp_path, with_sib
         group, sibling, transfer_dir = parent.stdout.readline().split()
         group, sibling = int(group), int(sibling)
         wait_until(lambda: "engine is up" in options.log_file.read_text(), 10)
-        assert len(group_members(group)) == 3
+        assert len(group_members(group)) == 4
     finally:
         parent.kill()
         parent.wait()

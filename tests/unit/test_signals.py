@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # A rank that writes its pid, works until a signal has come, and says which.
 RANK = """
-import os, signal, subprocess, sys, time
+import multiprocessing, os, signal, subprocess, sys, time
 from pathlib import Path
 from siren_megatron.signals import StopSignals, describe
 
@@ -30,6 +30,9 @@ if mode == "building":
     (directory / f"{rank}.ready").write_text(str(os.getpid()))
     time.sleep(600)
 signals.arm(lambda: mode == "peer failed")
+if mode == "unblocked":
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
+multiprocessing.get_context("spawn").Queue()  # starts Python's resource tracker, as checkpoint writers do
 child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
 (directory / f"{rank}.child").write_text(str(child.pid))
 (directory / f"{rank}.ready.partial").write_text(str(os.getpid()))
@@ -113,6 +116,16 @@ def test_when_another_rank_failed_there_is_no_step_to_finish(tmp_path):
         assert process.wait(timeout=60) == 1
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_heard_though_a_library_unblocked_it(tmp_path, signum):
+    with started(tmp_path, "unblocked") as process:
+        wait_for_ranks(tmp_path, process, 1)
+        process.send_signal(signum)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out == f"rank 0 heard {signum.name}\n"
+
+
 LAUNCH = ["-m", "siren_megatron.launch", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -134,6 +147,15 @@ def test_the_launcher_ends_with_the_ranks_exit_code(tmp_path):
         _, err = process.communicate(timeout=60)
     assert process.returncode == 7
     assert "launch: rank 1 ended with exit code 7" in err and "Traceback" not in err
+
+
+def test_plain_torchrun_passes_sigterm_on_and_ends_with_1_all_the_same(tmp_path):
+    with started(tmp_path, "works", "-m", "torch.distributed.run", *LAUNCH[2:]) as process:
+        wait_for_ranks(tmp_path, process, 2)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert sorted(out.splitlines()) == [f"rank {rank} heard SIGTERM" for rank in (0, 1)]
+    assert process.returncode == 1 and "SignalException" in err
 
 
 def test_ranks_whose_launcher_is_gone_stop_too(tmp_path):
