@@ -7,22 +7,26 @@
 """
 
 from siren_megatron.config import parse_args
+from siren_megatron.signals import StopSignals
 
 
 def main() -> None:
     config = parse_args()
     if config.run.check:
         return
+    # Before any library starts threads, which would not know that the signals are blocked.
+    signals = StopSignals()
     # Heavy imports come after the options are known to be right, megatron-core's after the platform is set.
     from siren_megatron import platform
 
     device = platform.install()
     from siren_megatron.job import Job
 
-    with Job(config, device) as job:
-        while job.step < config.train.num_steps:
+    with Job(config, device, signals) as job:
+        job.evaluate_if_due()
+        while job.goes_on():
             prompts = job.next_prompts()
-            groups = job.generate(prompts)
+            prompts, groups = job.generate(prompts)
             rewards = job.score(prompts, groups)
             groups, rewards = job.refill(groups, rewards)
             batch = job.make_batch(groups, rewards)
@@ -30,6 +34,7 @@ def main() -> None:
             batch = job.compute_advantages(batch)
             metrics = job.update(batch)
             job.update_weights()
+            job.evaluate_if_due()
             job.log(batch, metrics)
             job.save_if_due()
         job.finish_saves()

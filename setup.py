@@ -54,7 +54,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["siren_megatron", "siren_megatron.*"]),
-    package_data={"siren_megatron.vocab_parallel": ["csrc/*"]},  # compiled on first use
+    package_data={
+        "siren_megatron.vocab_parallel": ["csrc/*"],  # compiled on first use
+        "siren_megatron.report": ["assets/*"],
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     classifiers=[

@@ -27,7 +27,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "distributed")]  # other packages also install a "tests"
 from launch import run_ranks  # noqa: E402
-from vocab_parallel_peers import SLOW, language_model_rows, make_methods  # noqa: E402
+from vocab_parallel_peers import CANDIDATE, SLOW, language_model_rows, make_methods  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -81,12 +81,16 @@ def measure(case: dict, options: argparse.Namespace, rank: int, size: int) -> li
     torch.manual_seed(0)
     dtype, tokens, vocab = DTYPES[case["dtype"]], case["tokens"], case["vocab"]
     shard = vocab // size
-    rows = language_model_rows(tokens, vocab) if case["rows"] == "lm" else torch.randn(tokens, vocab)
-    z = rows[:, rank * shard : (rank + 1) * shard].to(dtype).contiguous()
+    z = torch.empty(tokens, shard, dtype=dtype)
+    for part in z.split(256):  # the whole vocabulary of all rows would be the peak of the memory
+        rows = (
+            language_model_rows(len(part), vocab) if case["rows"] == "lm" else torch.randn(len(part), vocab)
+        )
+        part.copy_(rows[:, rank * shard : (rank + 1) * shard])
     del rows
     labels = torch.randint(0, vocab, (tokens,))
     upstream = torch.randn(3, tokens)
-    methods = make_methods(size, options.top_p)
+    methods = make_methods(size, options.top_p, candidate=CANDIDATE in (options.methods or ()))
     if options.methods:
         methods = {name: methods[name] for name in options.methods if name in methods}
     few = min(tokens, options.slow_tokens)
@@ -141,7 +145,9 @@ def measure(case: dict, options: argparse.Namespace, rank: int, size: int) -> li
     return out
 
 
-def run_rank(rank: int, size: int, cases: list[dict], options: argparse.Namespace) -> list[dict]:
+def run_rank(
+    rank: int, size: int, cases: list[dict], options: argparse.Namespace, earlier: list[dict]
+) -> list[dict]:
     if options.heap == "retained":
         retain_heap()
     torch.set_num_threads(max(1, options.threads // size))
@@ -151,6 +157,8 @@ def run_rank(rank: int, size: int, cases: list[dict], options: argparse.Namespac
         rows.extend(found)
         if rank == 0:
             print(table(found), flush=True)
+            if options.output:
+                write(options, earlier + rows)
     return rows
 
 
@@ -181,6 +189,22 @@ def table(rows: list[dict]) -> str:
             f"| {row.get('fallback', '')} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def write(options: argparse.Namespace, results: list[dict]) -> None:
+    """OUTPUT.json and OUTPUT.md, anew after each case: an interrupted run keeps what it has."""
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    record = dict(machine=options.machine, threads=options.threads, clock=options.clock, top_p=options.top_p)
+    record["results"] = results
+    options.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    keys = ("tp", "rows", "tokens", "vocab", "dtype")
+    groups = itertools.groupby(results, key=lambda row: tuple(row[k] for k in keys))
+    text = "\n".join(table(list(group)) for _, group in groups)
+    head = ", ".join(f"{k} {v}" for k, v in options.machine.items())
+    options.output.with_suffix(".md").write_text(
+        f"# vocab_parallel, forward and backward\n\n{head}, {options.threads} threads in all, "
+        f"{options.clock} time.\n\n{text}"
+    )
 
 
 def hardware() -> dict:
@@ -233,28 +257,10 @@ def main() -> None:
             print(f"skipped: T = {tokens}, V = {vocab}, {dtype} would not fit --max-gb {options.max_gb}")
             continue
         cases.append(dict(rows=rows, tokens=tokens, vocab=vocab, dtype=dtype))
-    machine = hardware()
+    options.machine = hardware()
     results = []
     for size in options.tp:
-        results.extend(run_ranks(run_rank, size, cases, options, timeout=7200.0)[0])
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        record = dict(
-            machine=machine,
-            threads=options.threads,
-            clock=options.clock,
-            top_p=options.top_p,
-            results=results,
-        )
-        options.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        keys = ("tp", "rows", "tokens", "vocab", "dtype")
-        groups = itertools.groupby(results, key=lambda row: tuple(row[k] for k in keys))
-        text = "\n".join(table(list(group)) for _, group in groups)
-        head = ", ".join(f"{k} {v}" for k, v in machine.items())
-        options.output.with_suffix(".md").write_text(
-            f"# vocab_parallel, forward and backward\n\n{head}, {options.threads} threads in all, "
-            f"{options.clock} time.\n\n{text}"
-        )
+        results.extend(run_ranks(run_rank, size, cases, options, results, timeout=7200.0)[0])
 
 
 if __name__ == "__main__":

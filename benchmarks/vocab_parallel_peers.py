@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from siren_megatron.vocab_parallel import TopPCounters, native_available, vocab_parallel_token_stats
 
+CANDIDATE = "torch.compile"  # measured only where --methods names it: it compiles for each shape
 SLOW = ("full sort", "released (top-k 10,000)", "all-to-all top-p")
 
 
@@ -187,7 +188,7 @@ def floor(z, labels, upstream, buffer={}):  # noqa: B006 - the buffer is the poi
     buffer[key].neg_()
 
 
-def make_methods(size: int, top_p: float) -> dict:
+def make_methods(size: int, top_p: float, *, candidate: bool = False) -> dict:
     """name -> method, those that exist here."""
     methods = {"floor": floor}
     if native_available():
@@ -200,4 +201,8 @@ def make_methods(size: int, top_p: float) -> dict:
     methods["full sort"] = full_sort(size, top_p)
     methods["released (top-k 10,000)"] = released(size, top_p)
     methods["all-to-all top-p"] = all_to_all_top_p(size, top_p)
+    if candidate:
+        from vocab_parallel_inductor import inductor
+
+        methods[CANDIDATE] = inductor(top_p)
     return methods

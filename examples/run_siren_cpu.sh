@@ -86,5 +86,7 @@ options=(
 export OMP_NUM_THREADS=1 # two ranks and vLLM on few cores: their thread pools would fight
 # A mistake in the options is one line and exit code 2 here; under torchrun it would be a page.
 WORLD_SIZE=$nproc .venv/bin/python pretrain_siren.py "${options[@]}" --check
-# --standalone picks a free port, so that two runs on a machine do not meet.
-exec .venv/bin/torchrun --standalone --nproc-per-node "$nproc" pretrain_siren.py "${options[@]}"
+# torchrun that waits for a run that is told to end. --standalone picks a free port: two runs on a machine do
+# not meet.
+exec .venv/bin/python -m siren_megatron.launch --standalone --nproc-per-node "$nproc" \
+    pretrain_siren.py "${options[@]}"

@@ -86,11 +86,10 @@ class Architecture:
                 range, or it asks for something that is computed otherwise here.
         """
         names = hf_config.get("architectures")
-        known = [n for n in names if n in TABLES] if isinstance(names, list) else []
+        known = [n for n in TABLES if n in names] if isinstance(names, list) else []
         if not known:
-            raise ValueError(
-                f"architecture {names or 'unknown'} is not supported (known: {', '.join(TABLES)})"
-            )
+            found = _one_line(names or "unknown")
+            raise ValueError(f"architecture {found} is not supported (known: {', '.join(TABLES)})")
         name = known[0]
         _refuse_variants(hf_config)
         heads = _positive(hf_config, "num_attention_heads")
@@ -225,6 +224,11 @@ class Layout:
                 raise ValueError(f"{flag} {size} does not divide the model's {key} {value}")
 
 
+def _one_line(value: Any) -> str:
+    """A value of config.json for a message, where it may hold line feeds or have no end."""
+    return " ".join(str(value).split())[:200]
+
+
 def _number(hf_config: dict[str, Any], key: str, default: float | None = None) -> float:
     value = hf_config.get(key)
     value = default if value is None else value
@@ -242,7 +246,7 @@ def _positive(hf_config: dict[str, Any], key: str, default: int | None = None) -
 
 def _refuse_variants(hf_config: dict[str, Any]) -> None:
     if hf_config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {hf_config['hidden_act']} is not supported, only silu")
+        raise ValueError(f"hidden_act {_one_line(hf_config['hidden_act'])} is not supported, only silu")
     for key in ("attention_bias", "mlp_bias"):
         if hf_config.get(key):
             raise ValueError(f"{key} is not supported (biases of the output or MLP projections)")

@@ -14,6 +14,7 @@ CHART_WIDTH, CHART_HEIGHT = 480, 270  # units of the view box: text is 11 to 13 
 LEFT, RIGHT, BOTTOM = 54, 14, 30  # margins around the plot area
 TOP, TOP_WITH_LEGEND = 42, 60
 DOTS = 12  # points up to which a curve shows each of them
+SERIES_COLORS = 8
 MAX_POINTS = 800  # a curve; longer ones keep the lowest and highest point of each bucket
 
 THEME_CSS = """
@@ -39,7 +40,8 @@ CHART_CSS = (
 .chart .area { stroke: var(--card); stroke-width: .6; opacity: .9; }
 """
     + "\n".join(
-        f".chart .c{i} {{ stroke: var(--s{i}); }} .chart .f{i} {{ fill: var(--s{i}); }}" for i in range(8)
+        f".chart .c{i} {{ stroke: var(--s{i}); }} .chart .f{i} {{ fill: var(--s{i}); }}"
+        for i in range(SERIES_COLORS)
     )
     + "\n"
 )
@@ -66,11 +68,23 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A titled chart of one or more series; `stacked` piles them up as areas (all on the same steps)."""
+    """A titled chart of one or more series.
+
+    Args:
+        title: stands above it.
+        series: its curves.
+        stacked: piles them up as areas (all on the same steps).
+        legend: whether several series are named in the chart itself.
+    """
 
     title: str
     series: tuple[Series, ...]
     stacked: bool = False
+    legend: bool = True
+
+    @property
+    def has_legend(self) -> bool:
+        return self.legend and len(self.series) > 1
 
 
 def format_value(value: float) -> str:
@@ -217,7 +231,7 @@ def _tick(tick: float, ticks: Sequence[float]) -> str:
 def _legend(chart: Chart) -> list[str]:
     parts, x = [], LEFT - 38
     for index, series in enumerate(chart.series):
-        color = index % 8
+        color = index % SERIES_COLORS
         if chart.stacked:
             parts.append(f'<rect class="f{color}" x="{x}" y="34" width="10" height="10" rx="2"/>')
         else:
@@ -247,11 +261,11 @@ def render(chart: Chart, attributes: str = "") -> str:
             finite = [value if math.isfinite(value) else 0.0 for value in list(series.values)[::stride]]
             top = [low + value for low, value in zip(base, finite, strict=True)]
             pairs = list(zip(steps, top, strict=True)), list(zip(steps, base, strict=True))
-            layers.append((f"area f{index % 8}", *pairs))
+            layers.append((f"area f{index % SERIES_COLORS}", *pairs))
             base = top
     else:
         for index, series in enumerate(chart.series):
-            color = f"line c{index % 8}" + (" dashed" if series.dashed else "")
+            color = f"line c{index % SERIES_COLORS}" + (" dashed" if series.dashed else "")
             smooth = series.smooth and window > 1
             layers.append((color + (" raw" if smooth else ""), thin(series.steps, series.values), []))
             if len(series.steps) <= DOTS and not series.dashed:
@@ -264,7 +278,7 @@ def render(chart: Chart, attributes: str = "") -> str:
                 layers.append((color, thin(series.steps, trailing_mean(series.values, window)), []))
     points = [point for _, upper, lower in layers for point in upper + lower if math.isfinite(point[1])]
     head = [f'<text class="title" x="{LEFT - 38}" y="20">{escape(chart.title)}</text>']
-    if len(chart.series) > 1:
+    if chart.has_legend:
         head += _legend(chart)
     if not points:
         body = [
@@ -275,7 +289,7 @@ def render(chart: Chart, attributes: str = "") -> str:
         plot = _Plot(
             (min(x for x, _ in points), max(x for x, _ in points)),
             (min(y for _, y in points), max(y for _, y in points)),
-            TOP_WITH_LEGEND if len(chart.series) > 1 else TOP,
+            TOP_WITH_LEGEND if chart.has_legend else TOP,
         )
         body = _frame(plot)
         for classes, upper, lower in layers:

@@ -21,8 +21,8 @@ from siren_megatron import checkpoint_files as files
 from siren_megatron import random_states
 from siren_megatron.checkpoint_writer import CheckpointWriter, SaveError
 from siren_megatron.conversion.pickle_check import check_pickles
-from siren_megatron.report import versions
 from siren_megatron.trainer import Trainer
+from siren_megatron.versions import versions
 
 __all__ = ["CheckpointSaver", "LoadedRun", "SaveError", "choose_checkpoint", "load_checkpoint"]
 

@@ -21,8 +21,11 @@ from typing import Any
 from siren_megatron import checkpoint_files
 from siren_megatron.architecture import Architecture, Layout
 from siren_megatron.data_options import DataOptions, check_data
+from siren_megatron.evaluation_options import EvaluationOptions, check_evaluation
 from siren_megatron.method_options import CorrectionOptions, EntropyOptions, GrpoOptions, check_methods
 from siren_megatron.options import REQUIRED, flag, option
+from siren_megatron.placement import parse_devices
+from siren_megatron.rollout_options import RolloutOptions, check_rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,28 +93,12 @@ class TrainOptions:
     adam_beta2: float = option(0.999, "AdamW's beta 2", minimum=0, maximum=1)
     adam_eps: float = option(1e-8, "AdamW's epsilon", above=0)
     clip_grad: float = option(1.0, "largest global gradient norm; 0 = no clipping", minimum=0)
+    max_consecutive_skips: int = option(
+        3,
+        "updates in a row with a non-finite loss or gradient, all of them skipped, after which the run stops",
+        minimum=1,
+    )
     seed: int = option(1234, "seed of prompts, sampling and initialisation", minimum=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutOptions:
-    rollout_batch_size: int = option(32, "prompts of one step", minimum=1)
-    rollout_num_samples: int = option(8, "responses of one prompt (the group)", minimum=1)
-    rollout_max_response_length: int = option(3072, "most tokens of a response", minimum=1)
-    rollout_temperature: float = option(1.0, "sampling temperature", above=0)
-    rollout_max_in_flight: int = option(8, "requests that wait at the server at a time", minimum=1)
-    rollout_kv_cache_mb: int = option(256, "vLLM's KV cache on a CPU, in MiB", minimum=16)
-    rollout_gpu_memory_utilization: float = option(
-        0.5, "share of a GPU's memory that vLLM takes", above=0, maximum=1
-    )
-    rollout_start_timeout: float = option(300.0, "seconds for the server to become ready", above=0)
-    rollout_request_timeout: float = option(600.0, "seconds for one generation request", above=0)
-    rollout_logprob_tolerance: float = option(
-        0.0,
-        "largest mean difference of vLLM's and the trainer's log-probs, in nats, before the run stops; "
-        "0 = 0.01 in float32 and 0.5 in bfloat16",
-        minimum=0,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +112,15 @@ class RunOptions:
     )
     async_save: bool = option(False, "write checkpoints in the background, while the training goes on")
     log_interval: int = option(1, "steps between printed lines where there is no progress bar", minimum=1)
+    record_interval: int = option(
+        0,
+        "steps between records of a few responses token by token (tokens.jsonl, for the report); the first "
+        "and the last step have one as well; 0 = a tenth of the run",
+        minimum=0,
+    )
+    record_prompts: int = option(
+        4, "prompts of such a record, up to four responses each; 0 = no records", minimum=0
+    )
     tensorboard_dir: Path | None = option(None, "write TensorBoard events here", type=Path)
     wandb_project: str | None = option(None, "log to this Weights & Biases project (WANDB_MODE holds)")
     check: bool = option(False, "check the options and end: nothing is loaded or written")
@@ -139,6 +135,7 @@ GROUPS = {
     "correction": CorrectionOptions,
     "rollout": RolloutOptions,
     "data": DataOptions,
+    "evaluation": EvaluationOptions,
     "run": RunOptions,
 }
 
@@ -155,6 +152,7 @@ class Config:
     correction: CorrectionOptions
     rollout: RolloutOptions
     data: DataOptions
+    evaluation: EvaluationOptions
     run: RunOptions
 
     @classmethod
@@ -193,6 +191,12 @@ class Config:
     def logprob_tolerance(self) -> float:
         """Largest mean |log-prob difference| of rollout engine and trainer, in nats."""
         return self.rollout.rollout_logprob_tolerance or (0.5 if self.model.bf16 else 0.01)
+
+
+def option_defaults() -> dict[str, Any]:
+    """Default of every option by its field name, as `Config.flat` writes it; without the required ones."""
+    fields = (field for group in GROUPS.values() for field in dataclasses.fields(group))
+    return {f.name: _as_plain(f.default) for f in fields if f.default is not REQUIRED}
 
 
 def _as_plain(value: Any) -> Any:
@@ -260,8 +264,25 @@ def check(config: Config, world_size: int | None = None) -> None:
     Raises:
         ValueError: one line that names the option.
     """
+    check_plan(config, read_hf_config(config.model.hf_checkpoint), world_size)
+    check_rollout(config.rollout)
+    _check_files(config)
+
+
+def check_plan(config: Config, hf_config: dict[str, Any], world_size: int | None = None) -> None:
+    """What `check` refuses without looking at any file: a plan may be made where the model is not.
+
+    Args:
+        hf_config: the model's config.json.
+        world_size: as in `check`.
+
+    Raises:
+        ValueError: one line that names the option.
+    """
     _check_bounds(config)
-    _check_architecture(config, read_hf_config(config.model.hf_checkpoint))
+    if config.rollout.rollout_devices is not None:
+        parse_devices(config.rollout.rollout_devices)
+    _check_architecture(config, hf_config)
     _check_batches(config, world_size)
     check_methods(
         config.grpo,
@@ -270,7 +291,6 @@ def check(config: Config, world_size: int | None = None) -> None:
         group_size=config.rollout.rollout_num_samples,
         max_response=config.rollout.rollout_max_response_length,
     )
-    _check_files(config)
 
 
 def _check_bounds(config: Config) -> None:
@@ -380,7 +400,7 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"--hf-checkpoint {directory} holds no *.safetensors file")
     try:
         architecture = json.loads(path.read_text())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(architecture, dict):
         raise ValueError(f"{path} is not a JSON object")
@@ -418,9 +438,17 @@ def _check_architecture(config: Config, hf_config: dict[str, Any]) -> None:
 
 def _check_files(config: Config) -> None:
     run, pretrained = config.run, config.model.pretrained_checkpoint
+    if run.record_interval and not run.record_prompts:
+        raise ValueError(f"--record-interval {run.record_interval} has no meaning with --record-prompts 0")
     if pretrained is not None and not (pretrained / "metadata.json").is_file():
         raise ValueError(f"--pretrained-checkpoint {pretrained} is no Megatron distributed checkpoint")
     check_data(config.data)
+    check_evaluation(
+        config.evaluation,
+        prompt_key=config.data.prompt_key,
+        answer_key=config.data.prompt_answer_key,
+        seq_length=config.train.seq_length,
+    )
     if run.load is not None and run.overwrite:
         raise ValueError("--load and --overwrite contradict each other")
     if run.load is not None and not checkpoint_files.finished(run.load / "checkpoints"):

@@ -45,7 +45,7 @@ class DataOptions:
         None, "tokenizer directory or SentencePiece .model file; default: --hf-checkpoint's own", type=Path
     )
     reward: str | None = option(
-        None, "reward function; default: math", choices=("countdown", "exact", "math")
+        None, "reward function; default: math", choices=("countdown", "exact", "math", "rewrite")
     )
     reward_function: str | None = option(
         None, "own reward instead, path.py:name, called as name(response, answer) -> float"
@@ -84,7 +84,7 @@ def check_data(data: DataOptions) -> None:
     Raises:
         ValueError: one line that names the option, or both that contradict each other.
     """
-    _check_rendering(data)
+    check_data_rendering(data)
     _check_mixture(data)
     if data.reward_function is not None:
         if data.reward is not None:
@@ -96,7 +96,8 @@ def check_data(data: DataOptions) -> None:
         validate_prompt_file(path, prompt_key=data.prompt_key, answer_key=data.prompt_answer_key)
 
 
-def _check_rendering(data: DataOptions) -> None:
+def check_data_rendering(data: DataOptions) -> None:
+    """Refuse contradictory templates and tokenizers; raises ValueError."""
     template, system, chat = data.prompt_template, data.prompt_system, data.prompt_chat_template
     if template is not None:
         if PROMPT_FIELD not in template:

@@ -174,11 +174,14 @@ class EntropyControl:
             metrics["entropy_coeff"] = coeff
         return batch.replace(**changes), EntropyStep(coeff, self.target(anchor), step_entropy), metrics
 
-    def end(self, entropy_step: EntropyStep, metrics: dict[str, float]) -> dict[str, float]:
+    def end(
+        self, entropy_step: EntropyStep, metrics: dict[str, float], *, applied: bool = True
+    ) -> dict[str, float]:
         """After the optimizer step: move the coefficient.
 
         Args:
             metrics: the step's, reduced; the same on every rank. H in it is the forward pass's own.
+            applied: whether the step was; the coefficient stays where it was not.
 
         Returns:
             {"<method>/loss": the penalty's value} where there is a penalty.
@@ -186,7 +189,7 @@ class EntropyControl:
         if self.method.penalty is None:
             return {}
         entropy = metrics[entropy_metric(self.name)]
-        if self.method.next_coeff is not None:
+        if self.method.next_coeff is not None and applied:
             self._coeff = self.method.next_coeff(
                 self._coeff, entropy, entropy_step.target, self.options.entropy_rate
             )

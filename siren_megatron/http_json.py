@@ -9,7 +9,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 
-def http_json(url: str, method: str, path: str, body: Any = None, *, timeout_s: float) -> tuple[int, Any]:
+def http_json(
+    url: str, method: str, path: str, body: Any = None, *, timeout_s: float, key: str | None = None
+) -> tuple[int, Any]:
     """One HTTP call without proxies.
 
     Args:
@@ -18,6 +20,7 @@ def http_json(url: str, method: str, path: str, body: Any = None, *, timeout_s: 
         path: path and query.
         body: value sent as JSON, None = no body.
         timeout_s: seconds that any single wait for the server may take.
+        key: sent as the bearer token; None sends none.
 
     Returns:
         HTTP status and the decoded JSON (or the text when it is no JSON, None when empty).
@@ -29,7 +32,8 @@ def http_json(url: str, method: str, path: str, body: Any = None, *, timeout_s: 
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
     try:
         data = None if body is None else json.dumps(body).encode()
-        connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})
+        headers = {} if data is None else {"Content-Type": "application/json"}
+        connection.request(method, path, data, {**headers, **bearer(key)})
         response = connection.getresponse()
         text = response.read().decode(errors="replace")
     finally:
@@ -38,6 +42,11 @@ def http_json(url: str, method: str, path: str, body: Any = None, *, timeout_s: 
         return response.status, json.loads(text) if text else None
     except json.JSONDecodeError:
         return response.status, text
+
+
+def bearer(key: str | None) -> dict[str, str]:
+    """The header that carries a key."""
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def error_text(answer: Any, limit: int = 300) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import shutil
 import sys
@@ -21,22 +22,29 @@ from siren_megatron.advantages import assign_advantages
 from siren_megatron.batch import Sample, TrainBatch, broadcast_batch, make_batch
 from siren_megatron.checkpoint import CheckpointSaver, LoadedRun, SaveError, load_checkpoint
 from siren_megatron.config import Config, read_hf_config
+from siren_megatron.control import Control, another_rank_failed, mark_failed
 from siren_megatron.dynamic_sampling import refill
 from siren_megatron.metrics import MetricsLogger, StageTimer
+from siren_megatron.nonfinite import NonFiniteError
 from siren_megatron.platform import Platform, init_process_group
+from siren_megatron.policy_check import check_logprobs
 from siren_megatron.prompts import Prompt, load_data_tokenizer, load_dataset, make_cursor
-from siren_megatron.rewards import RewardPool
-from siren_megatron.rollout import RolloutClient, RolloutError, RolloutServer, ServerOptions
+from siren_megatron.redraw import sample_with_redraws
+from siren_megatron.reward_pool import RewardPool, RewardPoolError
+from siren_megatron.rollout import RolloutError
+from siren_megatron.rollout_service import RolloutService, server_options
+from siren_megatron.signals import StopSignals, describe
+from siren_megatron.token_record import TokenRecorder
 from siren_megatron.tokenizer import replace_tokenizer_files
 from siren_megatron.trainer import Trainer, initialize_model_parallel
-from siren_megatron.weight_sync import WeightPublisher, WeightSyncError
+from siren_megatron.training_evaluation import TrainingEvaluation
+from siren_megatron.weight_sync import WeightSyncError
 
 CHECK_TOKENS = 8
 """Response tokens that vLLM and the trainer compare after each weight update."""
 
 
-class JobError(RuntimeError):
-    """The run cannot go on; the message is one line."""
+_ONE_LINE = (RolloutError, WeightSyncError, NonFiniteError, RewardPoolError, SaveError)
 
 
 class Job:
@@ -47,19 +55,22 @@ class Job:
     Args:
         config: the run's options.
         device: from `platform.install`.
+        signals: made before the heavy imports.
 
     Attributes:
         step: steps done.
         entropy_anchor: masked entropy of the initial policy in nats; None before the first step.
     """
 
-    def __init__(self, config: Config, device: Platform):
-        self.config, self.platform = config, device
+    def __init__(self, config: Config, device: Platform, signals: StopSignals):
+        self.config, self.platform, self.signals = config, device, signals
         self.step = 0
+        self.stopped_by = 0
         self.entropy_anchor: float | None = None
         self.sampling_metrics: dict[str, float] = {}
         self._loaded: LoadedRun | None = None
         self._log_error: str | None = None
+        self.recorder = TokenRecorder(config)
         self._stack = contextlib.ExitStack()
         self._built = False
 
@@ -74,10 +85,12 @@ class Job:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        if kind is not None:
+            mark_failed()
         # Options and files are judged while the run is built; a later ValueError is a bug and keeps its
         # traceback, but for those that name an option.
         mistake = isinstance(error, ValueError) and (not self._built or str(error).startswith("--"))
-        in_one_line = mistake or isinstance(error, RolloutError | WeightSyncError | SaveError | JobError)
+        in_one_line = mistake or isinstance(error, _ONE_LINE)
         # Before the server is ended, which takes its time: torchrun ends this rank once another has ended.
         if in_one_line and os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"pretrain_siren.py: error: {error}", file=sys.stderr, flush=True)
@@ -96,26 +109,28 @@ class Job:
             if config.run.overwrite and config.run.save.is_dir():
                 shutil.rmtree(config.run.save)
             config.run.save.mkdir(parents=True, exist_ok=True)
-            # vLLM takes longest to start: let it load while this process builds the model.
-            self.server = self._stack.enter_context(RolloutServer.start(self._server_options()))
+        # vLLM takes longest to start: let it load while this process builds the model.
+        self.rollouts = self._stack.enter_context(
+            RolloutService(
+                config,
+                server_options(config, on_cpu=not self.platform.is_cuda) if self.is_main else None,
+                Control(),
+                is_main=self.is_main,
+                report=self._print,
+            )
+        )
+        if self.is_main:
             self._load_data()
         initialize_model_parallel(config)
         self.trainer = Trainer(config, self.hf_config, self.platform)
         if config.run.load is not None:
             self._resume()
+        self.rollouts.connect(self.trainer.hf_weights)
         if self.is_main:
-            self.server.wait_ready()
-            self.client = RolloutClient(
-                self.server.url,
-                config.rollout.rollout_request_timeout,
-                config.rollout.rollout_max_in_flight,
-                server=self.server,
-            )
-            self.publisher = WeightPublisher(self.server)
-            self.publisher.init()
             self.logger = self._stack.enter_context(self._make_logger())
             if self.step:
                 self.logger.truncate_after(self.step)
+            self.recorder.open(self.step, self.tokenizer, self.dataset.prompts)
         self.timer = StageTimer()
         # The server has loaded --hf-checkpoint's weights.
         if self.step or config.model.pretrained_checkpoint is not None:
@@ -125,21 +140,7 @@ class Job:
             # After all else that may draw: the next step finds them as the saved one left them.
             random_states.restore(self._loaded.random_states, self.platform.device)
         self._built = True
-
-    def _server_options(self) -> ServerOptions:
-        config = self.config
-        on_cpu = not self.platform.is_cuda
-        return ServerOptions(
-            model=config.model.hf_checkpoint,
-            log_file=config.run.save / "vllm.log",
-            dtype="bfloat16" if config.model.bf16 else "float32",
-            max_model_len=config.train.seq_length,
-            seed=config.train.seed,
-            kv_cache_bytes=config.rollout.rollout_kv_cache_mb * 2**20 if on_cpu else 0,
-            device="cpu" if on_cpu else "cuda",
-            gpu_memory_utilization=config.rollout.rollout_gpu_memory_utilization,
-            start_timeout_s=config.rollout.rollout_start_timeout,
-        )
+        self.signals.arm(another_rank_failed)
 
     def _load_data(self) -> None:
         config = self.config
@@ -156,6 +157,8 @@ class Job:
             data.reward_name, num_workers=data.reward_num_workers, time_limit_s=data.reward_time_limit
         )
         self._stack.callback(self.rewards.close)
+        self.evaluation = TrainingEvaluation(config, self.tokenizer, self.rewards)
+        self._stack.callback(self.evaluation.close)
 
     def _make_logger(self) -> MetricsLogger:
         run = self.config.run
@@ -170,6 +173,13 @@ class Job:
 
     # ---------------------------------------------------------------- stages
 
+    def goes_on(self) -> bool:
+        """Whether there is another step to do; begins it."""
+        if self.step >= self.config.train.num_steps or self.stopped_by:
+            return False
+        self.rollouts.lead()
+        return True
+
     def next_prompts(self, count: int | None = None) -> list[Prompt] | None:
         """The next prompts of the data; `--rollout-batch-size` of them when count is None."""
         if not self.is_main:
@@ -177,19 +187,34 @@ class Job:
         indices = self.cursor.next(self.config.rollout.rollout_batch_size if count is None else count)
         return [self.dataset.prompts[i] for i in indices]
 
-    def generate(self, prompts: list[Prompt] | None, extra_round: int = 0) -> list[list[Sample]] | None:
-        """vLLM's responses; the same for the same seed, step and round of dynamic sampling."""
+    def generate(
+        self, prompts: list[Prompt] | None, extra_round: int = 0
+    ) -> tuple[list[Prompt] | None, list[list[Sample]] | None]:
+        """vLLM's responses; the same for the same seed, step and round of dynamic sampling.
+
+        Returns:
+            (prompts, their groups): a dropped prompt has made room for the next one of the data.
+        """
         if not self.is_main:
-            return None
+            return None, None
+        seed = self.config.train.seed + self.step + 1_000_003 * extra_round
+        return sample_with_redraws(
+            prompts,
+            sample=lambda prompts, redraw: self._sample(prompts, seed + 7_000_003 * redraw),
+            draw=self.next_prompts,
+        )
+
+    def _sample(self, prompts: list[Prompt], seed: int) -> list[list[Sample]]:
         rollout = self.config.rollout
         with self.timer.stage("rollout"):
-            return self.client.generate(
+            return self.rollouts.generate(
                 [p.token_ids for p in prompts],
                 num_samples=rollout.rollout_num_samples,
                 max_tokens=rollout.rollout_max_response_length,
                 temperature=rollout.rollout_temperature,
-                seed=self.config.train.seed + self.step + 1_000_003 * extra_round,
+                seed=seed,
                 stop_token_ids=[self.tokenizer.eos_token_id],
+                may_drop=True,
             )
 
     def score(self, prompts: list[Prompt] | None, groups: list[list[Sample]] | None) -> list[float] | None:
@@ -220,8 +245,7 @@ class Job:
 
         def draw(extra_round: int, count: int) -> tuple[list[list[Sample]], list[float]]:
             nonlocal timeouts, errors
-            prompts = self.next_prompts(count)
-            new_groups = self.generate(prompts, extra_round)
+            prompts, new_groups = self.generate(self.next_prompts(count), extra_round)
             new_rewards = self.score(prompts, new_groups)
             timeouts += self.reward_result.num_timeouts
             errors += self.reward_result.num_errors
@@ -235,6 +259,7 @@ class Job:
 
     def make_batch(self, groups: list[list[Sample]] | None, rewards: Sequence[float] | None) -> TrainBatch:
         """Samples and rewards as tensors, on every rank."""
+        self.rollouts.assist()
         batch = None
         if self.is_main:
             samples = [sample for group in groups for sample in group]
@@ -248,14 +273,14 @@ class Job:
         """Log-probs and entropies of the policy (and the reference's); the first call sets the anchor.
 
         Raises:
-            JobError: vLLM sampled from another policy than the trainer holds.
+            RolloutError: vLLM sampled from another policy than the trainer holds.
         """
         with self.timer.stage("logprob"):
             batch = self.trainer.compute_logprobs(batch)
             if self.trainer.reference is not None:
                 batch = self.trainer.compute_ref_logprobs(batch)
-        self._check_logprobs(batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask, "rollout")
-        if self.entropy_anchor is None:
+        self._check_logprobs(batch, "rollout")
+        if self.entropy_anchor is None or not math.isfinite(self.entropy_anchor):
             self.entropy_anchor = self.trainer.entropy.measure(batch)
         return batch
 
@@ -269,6 +294,7 @@ class Job:
         )
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
+        self.recorder.record(self.step + 1, batch, self.trainer)
         with self.timer.stage("train"):
             metrics = self.trainer.update(batch, self.entropy_anchor, step=self.step)
         self.step += 1
@@ -278,53 +304,51 @@ class Job:
         """Send the policy to vLLM, then see that vLLM computes its log-probs.
 
         Raises:
-            JobError: vLLM still serves another policy.
+            RolloutError: vLLM still serves another policy.
         """
         with self.timer.stage("weight_sync"):
-            weights = self.trainer.hf_weights()
+            self.rollouts.lead()
+            batch = None
             if self.is_main:
-                self.publisher.update(weights)
-            else:
-                for _ in weights:
-                    pass
-            self.weight_sync_diff = self._compare_with_server()
+                self.rollouts.update_weights()
+                batch = self._sample_check()
+            self.rollouts.assist()
+            batch = self.trainer.compute_logprobs(broadcast_batch(batch, self.platform.device))
+            self.weight_sync_diff = self._check_logprobs(batch, "weight update")
 
-    def _compare_with_server(self) -> float:
-        """Largest |log-prob difference| of vLLM and the trainer on a few sampled tokens, in nats."""
-        batch = None
-        if self.is_main:
-            # One response for each row of the smallest batch that every data-parallel rank has a share of.
-            rows = self.trainer.smallest_batch
-            prompt = self.dataset.prompts[self.step % len(self.dataset)]
-            groups = self.client.generate(
-                [prompt.token_ids],
-                num_samples=1,
-                max_tokens=min(CHECK_TOKENS, self.config.rollout.rollout_max_response_length),
-                temperature=self.config.rollout.rollout_temperature,
-                seed=self.config.train.seed,
-                stop_token_ids=[self.tokenizer.eos_token_id],
-            )
-            zeros = torch.zeros(rows)
-            batch = make_batch(groups[0] * rows, zeros, zeros, multiple=self.trainer.length_multiple)
-        batch = broadcast_batch(batch, self.platform.device)
-        batch = self.trainer.compute_logprobs(batch)
-        return self._check_logprobs(
-            batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask, "weight update"
+    def _sample_check(self) -> TrainBatch:
+        """A few tokens from vLLM, as the smallest batch that every data-parallel rank has a share of."""
+        # One response for each row.
+        rows = self.trainer.smallest_batch
+        prompt = self.dataset.prompts[self.step % len(self.dataset)]
+        groups = self.rollouts.generate(
+            [prompt.token_ids],
+            num_samples=1,
+            max_tokens=min(CHECK_TOKENS, self.config.rollout.rollout_max_response_length),
+            temperature=self.config.rollout.rollout_temperature,
+            seed=self.config.train.seed,
+            stop_token_ids=[self.tokenizer.eos_token_id],
+        )
+        zeros = torch.zeros(rows)
+        return make_batch(groups[0] * rows, zeros, zeros, multiple=self.trainer.length_multiple)
+
+    def _check_logprobs(self, batch: TrainBatch, when: str) -> float:
+        return check_logprobs(
+            batch.old_logprobs,
+            batch.rollout_logprobs,
+            batch.loss_mask,
+            tolerance=self.config.logprob_tolerance,
+            step=self.step,
+            when=when,
         )
 
-    def _check_logprobs(
-        self, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor, when: str
-    ) -> float:
-        """Every rank holds the same tensors, so all of them stop together."""
-        difference = (ours - theirs).abs()[mask]
-        mean, largest = float(difference.mean()), float(difference.max())
-        if not mean <= self.config.logprob_tolerance:
-            raise JobError(
-                f"step {self.step}: after the {when} vLLM's and the trainer's log-probs differ by {mean:.3g} "
-                f"nats on average (largest {largest:.3g}), more than --rollout-logprob-tolerance "
-                f"{self.config.logprob_tolerance:g}: vLLM serves another policy than the one that is trained"
-            )
-        return largest
+    def evaluate_if_due(self) -> None:
+        """Sample and grade the benchmarks every `--eval-interval` steps; `log` records it with the step."""
+        self.rollouts.lead()
+        if self.is_main and self.evaluation.is_due(self.step):
+            with self.timer.stage("eval"):
+                self.evaluation.run(self.step, self.rollouts, self.logger.print)
+        self.rollouts.assist()
 
     # ---------------------------------------------------------------- record
 
@@ -355,6 +379,7 @@ class Job:
                 "siren/entropy_masked": self.trainer.masked_entropy(batch),
                 self._anchor_name: self.trainer.entropy.target(self.entropy_anchor),
                 **self.sampling_metrics,
+                **self.evaluation.metrics_of(self.step),
                 **metrics,
                 "response_length": tokens / batch.num_responses,
                 "rollout_logprob_diff": float(
@@ -363,6 +388,7 @@ class Job:
                 "weight_sync_logprob_diff": self.weight_sync_diff,
                 "reward_timeouts": self.reward_result.num_timeouts,
                 "reward_errors": self.reward_result.num_errors,
+                **self.rollouts.pop_counts(),
                 "tokens_per_second": tokens / times["time/step"],
                 **times,
             },
@@ -379,7 +405,7 @@ class Job:
         )
 
     def save_if_due(self) -> None:
-        """Write a checkpoint every `--save-interval` steps, and after the last one.
+        """Write a checkpoint every `--save-interval` steps, after the last one, and when a signal came.
 
         Raises:
             SaveError: it could not be written, or the one that `--async-save` was writing could not, or the
@@ -387,8 +413,11 @@ class Job:
         """
         self.saver.poll()
         self._agree_on_log()
+        # A signal may reach some ranks only.
+        self.stopped_by = self.rollouts.control.agree(self.signals.received())
         interval = self.config.run.save_interval
-        if self.step == self.config.train.num_steps or (interval and self.step % interval == 0):
+        due = self.step == self.config.train.num_steps or (interval and self.step % interval == 0)
+        if due or self.stopped_by:
             self.saver.save(
                 {
                     "step": self.step,
@@ -427,9 +456,26 @@ class Job:
             raise ValueError(mistake[0])
 
     def export(self) -> None:
-        """Write the policy as a Hugging Face checkpoint to `<save>/hf`."""
+        """Write the policy as a Hugging Face checkpoint to `<save>/hf`; a stopped run says how to resume."""
+        if self.stopped_by and self.step < self.config.train.num_steps:
+            return self._tell_how_to_resume()
         self.trainer.export(self.config.run.save / "hf")
         if self.is_main:
             if self.config.data.tokenizer is not None:
                 replace_tokenizer_files(self.config.data.tokenizer, self.config.run.save / "hf")
             self.logger.print(f"policy as a Hugging Face checkpoint: {self.config.run.save / 'hf'}")
+
+    def _tell_how_to_resume(self) -> None:
+        if not self.is_main:
+            return
+        steps, save = f"{self.step} of {self.config.train.num_steps}", self.config.run.save
+        cause = describe(self.stopped_by)
+        self.logger.close(f"stopped by {cause}")
+        self._print(f"stopped by {cause} after step {steps}, saved; go on with --load {save} --save {save}")
+
+    def _print(self, message: str) -> None:
+        """A line above the progress bar; before there is one, on standard output."""
+        if hasattr(self, "logger"):
+            self.logger.print(message)
+        else:
+            print(message, flush=True)

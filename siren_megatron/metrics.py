@@ -20,8 +20,9 @@ from typing import Any
 
 from rich.console import Console
 
-from siren_megatron.report import write_report
+from siren_megatron.report import RECORD_NAME, RUN_NAME, read_records, write_report, write_text
 from siren_megatron.terminal import StepDisplay, print_summary
+from siren_megatron.versions import versions
 
 REPORT_INTERVAL = 60.0  # seconds between two refreshes of report.html while the run goes on
 
@@ -99,9 +100,10 @@ class StageTimer:
 class MetricsLogger:
     """Writes every step's metrics to where people look for them.
 
-    `<save_dir>/metrics.jsonl` (one JSON object a step, flushed) and `<save_dir>/report.html` always; a
-    progress bar on a terminal, one plain line a step elsewhere; TensorBoard and wandb when asked for. As a
-    context manager it closes itself, with the status "finished", "interrupted" or "failed: ...".
+    `<save_dir>/metrics.jsonl` (one JSON object a step, flushed), `run.json` (options, versions, status) and
+    `report.html` always; a progress bar on a terminal, one plain line a step elsewhere; TensorBoard and wandb
+    when asked for. As a context manager it closes itself, with the status "finished", "interrupted" or
+    "failed: ...".
 
     Rows of an earlier run that are found in the file stay: a resumed run calls `truncate_after` first.
 
@@ -147,6 +149,8 @@ class MetricsLogger:
         if self._tensorboard_dir is not None:
             _require("tensorboard", "--tensorboard-dir")
         self._wandb = self._start_wandb(wandb_project, wandb_name, wandb_mode) if wandb_project else None
+        self._versions = versions()
+        self._write_run("running")
         self._display = StepDisplay(num_steps, log_interval, console)
         self._last_report = time.monotonic()
         self._closed = False
@@ -219,7 +223,20 @@ class MetricsLogger:
             status=status,
             paths=self.paths,
             num_steps=self.num_steps,
+            records=read_records(self.save_dir / RECORD_NAME),
+            found_versions=self._versions,
         )
+
+    def _write_run(self, status: str) -> None:
+        """run.json, from which tools/report.py draws the report anew, or several runs in one."""
+        run = {
+            "status": status,
+            "num_steps": self.num_steps,
+            "config": self.config,
+            "versions": self._versions,
+            "paths": self.paths,
+        }
+        write_text(self.save_dir / RUN_NAME, json.dumps(run, indent=1, default=str) + "\n")
 
     @property
     def paths(self) -> dict[str, str]:
@@ -247,6 +264,7 @@ class MetricsLogger:
         paths = self.paths
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if status == "finished" else 1)
+        self._write_run(status)
         self.write_report(status)
         print_summary(self._display.console, self.rows, status, self.num_steps, paths)
 

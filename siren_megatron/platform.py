@@ -155,6 +155,9 @@ def _point_cuda_at_cpu() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
+    # `with torch.device(...)` knows factories by identity, from a list made on its first use: before ours.
+    with cpu:
+        torch.empty(0)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name), cpu))
 

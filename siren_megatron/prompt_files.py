@@ -148,6 +148,10 @@ def _text_field(record: dict[str, Any], key: str, where: str, *, allow_integer: 
         raise ValueError(f"{where}: field {key!r} is not text but {type(value).__name__}")
     if not value.strip():
         raise ValueError(f"{where}: field {key!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: field {key!r} holds half a character (a lone surrogate)") from None
     return value
 
 

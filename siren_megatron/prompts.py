@@ -147,7 +147,11 @@ def load_prompts(
         if apply_chat_template:
             messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
             messages.append({"role": "user", "content": problem})
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            try:
+                text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # a template is a program: it may fail in any way
+                why = " ".join(str(error).split())[:300]
+                raise ValueError(f"{where}: the tokenizer's chat template fails on it: {why}") from error
         # A template writes its own special tokens: adding the tokenizer's would double them.
         token_ids = tuple(tokenizer(text, add_special_tokens=not apply_chat_template)["input_ids"])
         if not token_ids:

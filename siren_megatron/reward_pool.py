@@ -24,6 +24,10 @@ START_LIMIT_S = 120.0
 MAX_RESTARTS = 3
 
 
+class RewardPoolError(RuntimeError):
+    """The reward processes can't be started or kept alive; the message is one line."""
+
+
 @dataclass(frozen=True)
 class RewardResult:
     """The rewards of one submission.
@@ -56,7 +60,7 @@ class PendingReward:
 
         Raises:
             TimeoutError: they were not there after ``timeout_s`` seconds (None waits without limit).
-            RuntimeError: the pool was closed, or its process died too often.
+            RewardPoolError: the pool was closed, or its process died too often.
         """
         try:
             return self._future.result(timeout_s)
@@ -81,7 +85,7 @@ class RewardPool:
 
     Raises:
         ValueError: an argument is out of range, or the reward cannot be loaded.
-        RuntimeError: the process does not start.
+        RewardPoolError: the process does not start.
     """
 
     def __init__(
@@ -123,7 +127,7 @@ class RewardPool:
         """Begin to grade (response, answer) pairs; returns at once. May be called from several threads.
 
         Raises:
-            RuntimeError: the pool is closed, or its process died too often.
+            RewardPoolError: the pool is closed, or its process died too often.
         """
         future: Future[RewardResult] = Future()
         if not pairs:
@@ -133,7 +137,7 @@ class RewardPool:
         trimmed = [(response[-limit:], answer) for response, answer in pairs]
         with self._lock:
             if self._closed:
-                raise RuntimeError("the reward pool is closed")
+                raise RewardPoolError("the reward pool is closed")
             message = json.dumps({"id": self._next_id, "pairs": trimmed}).encode() + b"\n"
             self._pending[self._next_id] = (message, future)
             self._next_id += 1
@@ -141,11 +145,11 @@ class RewardPool:
         return PendingReward(future)
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> RewardResult:
-        """Grade (response, answer) pairs and wait for the rewards; raises RuntimeError as :meth:`submit`."""
+        """Grade (response, answer) pairs and wait for the rewards; raises as :meth:`submit`."""
         return self.submit(pairs).result()
 
     def close(self) -> None:
-        """End the processes. Submissions that are still being graded raise RuntimeError."""
+        """End the processes. Submissions that are still being graded raise RewardPoolError."""
         with self._lock:
             if self._closed:
                 return
@@ -191,7 +195,7 @@ class RewardPool:
             self._process.stdout.close()
             if "fatal" in message:
                 raise ValueError(message["fatal"])
-            raise RuntimeError(f"the reward process did not start (exit code {code})")
+            raise RewardPoolError(f"the reward process did not start (exit code {code})")
         self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
         self._reader.start()
 
@@ -236,4 +240,4 @@ class RewardPool:
                 self._closed = True
             lost, self._pending = self._pending, {}
         for _, future in lost.values():
-            future.set_exception(RuntimeError(f"the reward process ended (exit code {code})"))
+            future.set_exception(RewardPoolError(f"the reward process ended (exit code {code})"))

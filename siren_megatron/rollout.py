@@ -13,17 +13,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from siren_megatron.batch import Sample
-from siren_megatron.http_json import error_text
-from siren_megatron.vllm_server import RolloutError, RolloutServer, ServerOptions
+from siren_megatron.http_json import bearer, error_text
+from siren_megatron.vllm_command import ServerOptions
+from siren_megatron.vllm_server import RolloutError, RolloutServer, ServerFailed
 
 __all__ = [
     "RolloutClient",
     "RolloutError",
     "RolloutServer",
+    "ServerFailed",
     "ServerOptions",
     "parse_completion",
     "prompt_seed",
 ]
+
+
+_DROPPED = object()
 
 
 def prompt_seed(seed: int, prompt_index: int) -> int:
@@ -41,6 +46,11 @@ class RolloutClient:
         max_in_flight: requests (prompts) sent at a time; vLLM batches what it has.
         server: the server, if it is ours: its death is then noticed and described.
         model: the model's name in requests; taken from server when that is given.
+        api_key: what a server that is not ours asks for; None = nothing.
+        request_retries: how often a request that ran past its time is sent again before it is dropped.
+
+    Attributes:
+        num_retries, num_dropped: requests sent again and prompts given up, so far.
     """
 
     def __init__(
@@ -51,6 +61,8 @@ class RolloutClient:
         *,
         server: RolloutServer | None = None,
         model: str | None = None,
+        api_key: str | None = None,
+        request_retries: int = 0,
     ) -> None:
         if request_timeout_s <= 0:
             raise ValueError(f"request_timeout_s is {request_timeout_s}; it has to be positive")
@@ -59,8 +71,11 @@ class RolloutClient:
         self.url = url
         self.request_timeout_s = request_timeout_s
         self.max_in_flight = max_in_flight
+        self.request_retries = request_retries
+        self.num_retries = self.num_dropped = 0
         self._server = server
         self._model = model if server is None else server.name
+        self._api_key = api_key if server is None else server.api_key
 
     def generate(
         self,
@@ -72,6 +87,8 @@ class RolloutClient:
         top_p: float = 1.0,
         seed: int,
         stop_token_ids: Sequence[int],
+        stream_ids: Sequence[int] | None = None,
+        may_drop: bool = False,
         on_group: Callable[[int, list[Sample]], None] | None = None,
     ) -> list[list[Sample]]:
         """Sample num_samples responses to every prompt.
@@ -87,15 +104,20 @@ class RolloutClient:
             top_p: nucleus of the sampling distribution, in (0, 1].
             seed: any integer; sample i of prompt k draws from a stream of its own.
             stop_token_ids: tokens that end a response, as its last token; only max_tokens ends one else.
+            stream_ids: number of each prompt's random stream; None = their positions. A part of a list asked
+                for with the numbers it has there gets what the whole list would give it.
+            may_drop: give up a prompt whose request ran past its time again and again while the server works.
             on_group: called in this thread with (prompt index, its samples) as soon as a prompt is done,
                 in the order in which prompts finish.
 
         Returns:
-            One list of num_samples samples a prompt, in the order of prompts.
+            One list of num_samples samples a prompt, in the order of prompts; empty for a dropped prompt.
 
         Raises:
             ValueError: an argument is out of range.
-            RolloutError: the server died, refused a request, timed out or gave an unusable answer.
+            ServerFailed: the server died, or generates nothing any more.
+            RolloutError: it refused a request, gave an unusable answer, or took too long for a prompt that
+                may not be dropped.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}; it has to be at least 1")
@@ -119,7 +141,12 @@ class RolloutClient:
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
-        return asyncio.run(self._generate([list(prompt) for prompt in prompts], common, seed, on_group))
+        streams = range(len(prompts)) if stream_ids is None else stream_ids
+        seeds = [prompt_seed(seed, stream) for stream in streams]
+        if len(seeds) != len(prompts):
+            raise ValueError(f"stream_ids has {len(seeds)} numbers for {len(prompts)} prompts")
+        lists = [list(prompt) for prompt in prompts]
+        return asyncio.run(self._generate(lists, common, seeds, may_drop, on_group))
 
     def _check_prompt(self, index: int, prompt: Sequence[int], max_tokens: int) -> None:
         if len(prompt) == 0:
@@ -142,7 +169,8 @@ class RolloutClient:
         self,
         prompts: list[list[int]],
         common: dict[str, Any],
-        seed: int,
+        seeds: Sequence[int],
+        may_drop: bool,
         on_group: Callable[[int, list[Sample]], None] | None,
     ) -> list[list[Sample]]:
         import aiohttp
@@ -152,12 +180,16 @@ class RolloutClient:
 
         async def worker(session: aiohttp.ClientSession) -> None:
             for index, prompt in waiting:
-                body = {**common, "prompt": prompt, "seed": prompt_seed(seed, index)}
-                async with session.post("/v1/completions", json=body) as response:
-                    answer = await response.json(content_type=None)
-                    if response.status != 200:
-                        refusal = f"HTTP {response.status} for prompt {index}: {error_text(answer)}"
-                        raise _BadAnswer(refusal, server_failing=response.status >= 500)
+                body = {**common, "prompt": prompt, "seed": seeds[index]}
+                answer = await self._ask_in_time(session, index, body)
+                if answer is _DROPPED:
+                    if not may_drop:
+                        times = 1 + self.request_retries
+                        raise _BadAnswer(
+                            f"prompt {index} took longer than {self.request_timeout_s:g} s, {times} time(s)"
+                        )
+                    self.num_dropped += 1
+                    continue
                 groups[index] = parse_completion(answer, tuple(prompt), common["n"])
                 if on_group is not None:
                     try:
@@ -171,9 +203,13 @@ class RolloutClient:
             raise _BadAnswer("the server ended", server_failing=True)
 
         # A fresh session for every call: an idle connection from the last step may be half closed by now.
-        connector = aiohttp.TCPConnector(limit=0)
-        timeout = aiohttp.ClientTimeout(total=self.request_timeout_s)
-        async with aiohttp.ClientSession(self.url, connector=connector, timeout=timeout) as session:
+        settings: dict[str, Any] = {
+            # A connection for each request: the server closes idle ones, perhaps just as one is used again.
+            "connector": aiohttp.TCPConnector(limit=0, force_close=True),
+            "timeout": aiohttp.ClientTimeout(total=self.request_timeout_s),
+            "headers": bearer(self._api_key),
+        }
+        async with aiohttp.ClientSession(self.url, **settings) as session:
             tasks = [
                 asyncio.create_task(worker(session)) for _ in range(min(self.max_in_flight, len(prompts)))
             ]
@@ -186,19 +222,44 @@ class RolloutClient:
                 assert failed.__cause__ is not None
                 raise failed.__cause__ from None
             except asyncio.TimeoutError as error:
-                raise RolloutError(
-                    f"a request to {self.url} took longer than {self.request_timeout_s:g} s{self._log_hint()}"
+                raise ServerFailed(
+                    f"a request to {self.url} took longer than {self.request_timeout_s:g} s, and so did one "
+                    f"for a single token{self._log_hint()}"
                 ) from error
             except (aiohttp.ClientError, OSError, json.JSONDecodeError, _BadAnswer) as error:
                 if self._server is None or (isinstance(error, _BadAnswer) and not error.server_failing):
                     raise RolloutError(f"generation failed: {_one_line(error)}{self._log_hint()}") from error
                 state = await asyncio.to_thread(self._server.describe_death)
-                raise RolloutError(f"generation failed: {state} ({_one_line(error)})") from error
+                raise ServerFailed(f"generation failed: {state} ({_one_line(error)})") from error
             finally:
                 for task in [*tasks, watcher]:
                     task.cancel()
                 await asyncio.gather(work, watcher, return_exceptions=True)
         return groups
+
+    async def _ask_in_time(self, session: Any, index: int, body: dict[str, Any]) -> Any:
+        """The answer to one prompt's request, sent again when it takes too long, at last _DROPPED.
+
+        Raises:
+            asyncio.TimeoutError: a request for a single token takes too long as well.
+        """
+        for attempt in range(1 + self.request_retries):
+            self.num_retries += attempt > 0
+            try:
+                return await self._ask(session, index, body)
+            except asyncio.TimeoutError:
+                continue  # vLLM gives a request up when its connection closes
+        # One prompt may be too slow; an engine that hangs is too slow for any.
+        await self._ask(session, index, {**body, "prompt": body["prompt"][:1], "n": 1, "max_tokens": 1})
+        return _DROPPED
+
+    async def _ask(self, session: Any, index: int, body: dict[str, Any]) -> Any:
+        async with session.post("/v1/completions", json=body) as response:
+            answer = await response.json(content_type=None)
+            if response.status != 200:
+                refusal = f"HTTP {response.status} for prompt {index}: {error_text(answer)}"
+                raise _BadAnswer(refusal, server_failing=response.status >= 500)
+            return answer
 
     def _log_hint(self) -> str:
         return "" if self._server is None else f"; vLLM's log: {self._server.options.log_file}"
@@ -252,7 +313,11 @@ def parse_completion(
     samples = []
     for token_ids, logprobs, finish_reason in fields:
         if finish_reason not in ("stop", "length"):
-            raise _BadAnswer(f"vLLM ended a response with finish_reason {finish_reason!r}")
+            # "abort": the server is being ended.
+            ending = finish_reason == "abort"
+            raise _BadAnswer(
+                f"vLLM ended a response with finish_reason {finish_reason!r}", server_failing=ending
+            )
         if not token_ids or len(token_ids) != len(logprobs):
             raise _BadAnswer(f"a response has {len(token_ids)} tokens and {len(logprobs)} log-probs")
         if not all(value is not None and math.isfinite(value) for value in logprobs):

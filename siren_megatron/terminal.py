@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +70,9 @@ class StepDisplay:
             self._bar().update(self._task, completed=step, shown=shown, eta=eta)
             self._bar().refresh()
         elif self.logged == 1 or step % self.log_interval == 0 or step >= self.num_steps:
-            fields |= {name: format_value(row[name]) for name in row if name.startswith("eval/")}
+            fields |= {
+                name: format_value(row[name]) for name in row if name.startswith("eval/") and "/avg@" in name
+            }
             text = "  ".join(f"{label} {value:<8}" for label, value in fields.items())
             width = len(str(self.num_steps))
             self.console.print(
@@ -97,6 +100,57 @@ class StepDisplay:
     def stop(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+class CountProgress:
+    """How far a count is: a bar with rate and time left on a terminal, a line now and then elsewhere.
+
+    Goes to standard error. A context manager; call it with what was done since the last call.
+
+    Args:
+        label: what is counted, e.g. "responses".
+        total: of the count.
+        done: what an earlier run had done: it stays out of the rate.
+    """
+
+    LINE_SECONDS = 10.0
+
+    def __init__(self, label: str, total: int, done: int = 0) -> None:
+        self.label, self.total, self.done, self._before = label, total, done, done
+        self._start = self._shown = time.monotonic()
+        console = Console(stderr=True)
+        self._bar = None
+        if console.file.isatty():
+            self._bar = Progress(
+                TextColumn(f"{label} {{task.completed:.0f}}/{{task.total:.0f}}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[speed]}"),
+                console=console,
+                expand=True,
+                transient=True,
+            )
+            self._task = self._bar.add_task("", total=total, completed=done, speed="")
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        seconds = time.monotonic() - self._start
+        rate = (self.done - self._before) / max(seconds, 1e-9)
+        left = format_seconds((self.total - self.done) / rate) if rate > 0 else "?"
+        speed = f"{format_value(rate)} {self.label}/s  eta {left}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, speed=speed)
+        elif time.monotonic() - self._shown > self.LINE_SECONDS or self.done >= self.total:
+            self._shown = time.monotonic()
+            print(f"{self.label} {self.done}/{self.total}  {speed}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> CountProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
 
 
 def print_summary(

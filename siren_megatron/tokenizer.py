@@ -74,8 +74,8 @@ def load_tokenizer(path: str | os.PathLike[str], *, flag: str = "--hf-checkpoint
     # rules of tokenizer.json: other token ids, silently. The plain class takes the file as it is.
     loader = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        tokenizer = loader.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer = loader.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain ones, others what damaged JSON leads to
         message = " ".join(str(error).split())[:300]
         raise ValueError(f"{flag} {path}: no tokenizer loads from it: {message}") from error
     if tokenizer.eos_token_id is None:

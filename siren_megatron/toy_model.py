@@ -1,7 +1,9 @@
-"""Small Qwen2 models in the Hugging Face format: tokenizers, random weights and the Countdown warm-up.
+"""Small Qwen2 models in the Hugging Face format: tokenizers, random weights and a task's warm-up.
+
+A task is a module of the shape of :mod:`siren_megatron.countdown`, as :mod:`siren_megatron.rewrite` is.
 
 `tools/make_toy_checkpoint.py` builds checkpoints of these; the program reads them as any other checkpoint.
-Legend: B = sequences of a batch, P = tokens of a prompt (7), R = tokens of a response with its end (11).
+Legend: B = sequences of a batch, P = tokens of a prompt (Countdown: 7), R = of a response with its end (11).
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +24,6 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.utils import logging
 
-from siren_megatron import countdown
 from siren_megatron.countdown import END_OF_TEXT
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -55,7 +58,7 @@ def fixed_threads(num_threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def countdown_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+def task_tokenizer(task: ModuleType, vocab_size: int) -> PreTrainedTokenizerFast:
     """One token per word of the task, the bytes for any other text, and unused tokens up to ``vocab_size``.
 
     No token but the end of sequence is special: an unused one stays visible when a response is decoded, so
@@ -64,15 +67,15 @@ def countdown_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     Raises:
         ValueError: ``vocab_size`` has no room for the task's tokens and the bytes.
     """
-    bytes_alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(countdown.VOCABULARY))
-    tokens = [*countdown.VOCABULARY, *bytes_alphabet]
+    bytes_alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(task.VOCABULARY))
+    tokens = [*task.VOCABULARY, *bytes_alphabet]
     if vocab_size < len(tokens):
         raise ValueError(f"--vocab-size must be at least {len(tokens)}, got {vocab_size}")
     tokens += [f" <unused{n}>" for n in range(vocab_size - len(tokens))]
     tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate(tokens)}, []))
     _split_like_qwen2(tokenizer)
     # The splitting takes numbers apart into digits; added tokens are found before it.
-    words = [word for word in countdown.VOCABULARY if word != END_OF_TEXT]
+    words = [word for word in task.VOCABULARY if word != END_OF_TEXT]
     tokenizer.add_tokens([AddedToken(word, normalized=False, special=False) for word in words])
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
     return PreTrainedTokenizerFast(
@@ -169,7 +172,8 @@ def new_model(
 def warm_up(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    instances: Sequence[countdown.Instance],
+    task: ModuleType,
+    instances: Sequence[Any],
     *,
     steps: int,
     batch_size: int,
@@ -181,15 +185,16 @@ def warm_up(
     """Train on right responses drawn at random, in place; returns the mean loss of the last 50 steps.
 
     Args:
+        task, instances: what to train on.
         learning_rate: of AdamW, reached linearly over the first 50 steps and constant from there.
         noise: share of the targets replaced by uniform tokens of the whole vocabulary.
     """
     texts, first, count = [], [], []
     for instance in instances:
-        solutions = countdown.solve(instance)
+        solutions = task.solve(instance)
         first.append(len(texts))
         count.append(len(solutions))
-        prompt = countdown.render_prompt(instance)
+        prompt = task.render_prompt(instance)
         texts += [f"{prompt} {solution}{END_OF_TEXT}" for solution in solutions]
     sequences = torch.tensor(tokenizer(texts)["input_ids"])  # [texts, P + R]
     first, count = torch.tensor(first), torch.tensor(count)
@@ -208,7 +213,7 @@ def warm_up(
         chosen = torch.randint(len(first), (batch_size,), generator=generator)
         offset = (torch.rand(batch_size, generator=generator) * count[chosen]).long()
         batch = sequences[first[chosen] + offset]  # [B, P + R]
-        targets = batch[:, countdown.PROMPT_TOKENS :].clone()  # [B, R]
+        targets = batch[:, task.PROMPT_TOKENS :].clone()  # [B, R]
         replaced = torch.rand(targets.shape, generator=generator) < noise
         uniform = torch.randint(model.config.vocab_size, targets.shape, generator=generator)
         targets[replaced] = uniform[replaced]
@@ -228,19 +233,20 @@ def warm_up(
 def evaluate(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    instances: Sequence[countdown.Instance],
+    task: ModuleType,
+    instances: Sequence[Any],
     *,
     num_samples: int,
     seed: int,
 ) -> dict[str, float]:
     """avg@k and pass@k of ``num_samples`` responses per instance at temperature 1."""
-    prompts = [countdown.render_prompt(instance) for instance in instances for _ in range(num_samples)]
+    prompts = [task.render_prompt(instance) for instance in instances for _ in range(num_samples)]
     generator = torch.Generator().manual_seed(seed)
     model.eval()
     responses: list[list[int]] = []
     for tokens in torch.tensor(tokenizer(prompts)["input_ids"]).split(2048):  # [B, P]
         sampled, cache = [], None
-        for _ in range(countdown.RESPONSE_WORDS + 1):
+        for _ in range(task.RESPONSE_WORDS + 1):
             outputs = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = outputs.past_key_values
             tokens = torch.multinomial(outputs.logits[:, -1].softmax(-1), 1, generator=generator)
@@ -249,7 +255,7 @@ def evaluate(
     right = torch.tensor(
         [
             response[-1] == tokenizer.eos_token_id
-            and countdown.verify(tokenizer.decode(response), instances[n // num_samples])
+            and task.verify(tokenizer.decode(response), instances[n // num_samples])
             for n, response in enumerate(responses)
         ]
     ).view(len(instances), num_samples)

@@ -44,10 +44,14 @@ from siren_megatron.microbatch import (
     padded_micro_batch,
 )
 from siren_megatron.model import build_model, check_architecture, transformer_config
+from siren_megatron.nonfinite import SkippedUpdates, any_non_finite
 from siren_megatron.platform import Platform
 from siren_megatron.reference import ReferenceWeights
 from siren_megatron.vocab_parallel import TokenStats, TopPCounters, vocab_parallel_token_stats
+from siren_megatron.vocab_parallel.top_tokens import vocab_parallel_top_tokens
 from siren_megatron.vocab_parallel.top_two import vocab_parallel_top_two_gap
+
+_LOSS = "loss of the micro-batch"  # among its metrics on its way through the schedule
 
 
 def initialize_model_parallel(config: Config) -> None:
@@ -116,6 +120,7 @@ class Trainer:
             config.entropy, num_steps=config.train.num_steps, seed=config.train.seed
         )
         self.counters = TopPCounters()
+        self.skips = SkippedUpdates(config.run.save / "bad_batches", config.train.max_consecutive_skips)
         self.policy_options = _policy_loss_options(config)
         # Before a checkpoint of the run is loaded: the reference is the policy that --hf-checkpoint holds.
         self.reference = (
@@ -230,6 +235,29 @@ class Trainer:
         with self.reference.swapped_in():
             return batch.replace(ref_logprobs=self._collect(batch, collect, 1)[0])
 
+    @torch.no_grad()
+    def top_tokens(self, batch: TrainBatch, count: int) -> tuple[Tensor, Tensor]:
+        """A collective: the policy's likeliest tokens at the positions of the responses.
+
+        Args:
+            batch: any number of rows, the same on every rank.
+            count: tokens a position.
+
+        Returns:
+            (ids int64, log-probs fp32 in nats), both [N, S, count], the likeliest first; 0 outside loss_mask.
+        """
+        group = self.tp_group if self.tp_group.size() > 1 else None
+        rows = batch.num_responses
+        filled = batch.select([*range(rows), *[0] * (-rows % self.smallest_batch)])
+
+        def collect(micro: MicroBatch, logits: Tensor, non_loss_data: bool = True) -> list[Tensor]:
+            selected = self._response_logits(micro, logits)
+            top = vocab_parallel_top_tokens(selected, count, vocab_size=self.vocab_size, tp_group=group)
+            return [*self._to_rows(micro, torch.cat([part.T.float() for part in top]))]  # ids < 2^24: exact
+
+        values = self._collect(filled, collect, 2 * count)[:, :rows].permute(1, 2, 0)
+        return values[..., :count].long(), values[..., count:]
+
     def _collect(self, batch: TrainBatch, collect: Any, count: int) -> Tensor:
         """A forward pass over all rows: what `collect` returns, [count, N, S] on every rank."""
         micro_batches, rows = self.micro_batches(batch)
@@ -260,7 +288,11 @@ class Trainer:
             step: rollout steps done before this one.
 
         Returns:
-            Metrics, each the mean over the optimizer steps ("lr": the last one's).
+            Metrics, each the mean over the optimizer steps that were applied, or over all where none was
+            ("lr": the last one's; "skipped_updates": their number).
+
+        Raises:
+            NonFiniteError: too many optimizer steps in a row had a loss or gradient that is not finite.
         """
         self.counters = TopPCounters()
         batch, correction_metrics = self._weigh_tokens(batch)
@@ -270,8 +302,11 @@ class Trainer:
             self.optimizer_step(batch.rows(start, start + size), entropy_anchor, step=step, index=index)
             for index, start in enumerate(starts)
         ]
-        means = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
-        return {**means, **correction_metrics, **self._count_rows(), "lr": steps[-1]["lr"]}
+        skipped = sum(s["skipped_updates"] for s in steps)
+        counted = [s for s in steps if not s["skipped_updates"]] or steps
+        means = {name: sum(s[name] for s in counted) / len(counted) for name in counted[0]}
+        own = {"skipped_updates": skipped, "lr": steps[-1]["lr"]}
+        return {**means, **correction_metrics, **self._count_rows(), **own}
 
     def _count_rows(self) -> dict[str, float]:
         """Rows of logits that held a NaN, and that the vocabulary operation's fast path could not certify."""
@@ -301,6 +336,9 @@ class Trainer:
     ) -> dict[str, float]:
         """Forward, backward and one optimizer step on the N responses of `batch`.
 
+        Where the loss or the gradient norm is not finite on any rank, no rank changes its parameters, its
+        optimizer, its learning rate or the entropy method's coefficient.
+
         Args:
             batch: [N, S], the same on every rank; each data-parallel rank takes its own rows.
             entropy_anchor: in nats.
@@ -320,12 +358,20 @@ class Trainer:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._run_schedule(self.micro_batches(batch)[0], loss_func)
+        losses = [float(output.pop(_LOSS)) for output in outputs]
+        metrics = {**self._sum_metrics(outputs), **step_metrics}
+        # The norm that the optimizer will clip by; `step` prepares the same gradients again.
+        self.optimizer.prepare_grads()
+        metrics["grad_norm"] = float(self.optimizer.get_grad_norm())
+        if any_non_finite([*losses, metrics["grad_norm"]], self.device):
+            metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "skipped_updates": 1.0}
+            self.skips.skipped(batch, metrics, step=step, index=index)
+            return {**metrics, **self.entropy.end(entropy_step, metrics, applied=False)}
         # Step k of the warm-up uses lr·k/warm-up: the first update is not thrown away.
         self.scheduler.step(1)
-        _, grad_norm, _ = self.optimizer.step()
-        metrics = {**self._sum_metrics(outputs), **step_metrics}
-        metrics["grad_norm"] = float(grad_norm)
-        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        self.skips.applied()
+        metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "skipped_updates": 0.0}
         return {**metrics, **self.entropy.end(entropy_step, metrics)}
 
     def loss_func(
@@ -357,7 +403,8 @@ class Trainer:
         # - data-parallel ranks: with calculate_per_token_loss DDP sums gradients (factor 1, not 1/dp);
         # - "tokens" is 0, so that finalize_model_grads does not divide by a token count either;
         # - tensor ranks hold the same loss; its gradient is made whole by the layers' own collectives.
-        return loss, torch.zeros((), dtype=torch.int, device=loss.device), {**metrics, **entropy_metrics}
+        shares = {_LOSS: loss.detach(), **metrics, **entropy_metrics}
+        return loss, torch.zeros((), dtype=torch.int, device=loss.device), shares
 
     # ---------------------------------------------------------------- plumbing
 

@@ -6,6 +6,9 @@ and looks at its parent's pid as well, because workers forked by the trainer may
 
     vllm_launcher watch --parent-pid PID --watch-fd FD [--remove DIR] -- VLLM ARGUMENTS
     vllm_launcher serve VLLM ARGUMENTS
+
+SIGINT ends the server. SIGTERM, SIGUSR1 and SIGHUP are deaf here and in vLLM: SLURM sends them to every
+process of a job, and they are for the trainer, which still needs vLLM to finish its step.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 0.25
 """How often the launcher looks at its parent and at vLLM, in seconds."""
 GRACE_S = 5.0
-"""Seconds between asking the group to end (SIGTERM) and killing it (SIGKILL)."""
+"""Seconds between asking the group to end (STOP_SIGNAL) and killing it (SIGKILL)."""
+STOP_SIGNAL = signal.SIGINT
+_FOR_THE_TRAINER = {signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
 
 
 def _prctl(option: int, argument: int) -> None:
@@ -72,7 +77,7 @@ def describe_status(returncode: int) -> str:
 
 
 def watch(parent_pid: int, watch_fd: int, remove: list[str], vllm_arguments: list[str]) -> int:
-    """Run `serve` as a child until it ends, the parent ends or SIGTERM comes; then end the process group.
+    """Run `serve` as a child until it ends, the parent ends or SIGINT comes; then end the process group.
 
     Args:
         parent_pid: pid of the trainer.
@@ -88,8 +93,10 @@ def watch(parent_pid: int, watch_fd: int, remove: list[str], vllm_arguments: lis
     def on_signal(signum: int, frame: FrameType | None) -> None:
         stop_signals.append(signum)
 
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, on_signal)
+    signal.signal(STOP_SIGNAL, on_signal)
+    # Blocked, not ignored: vLLM sets handlers of its own for them, and inherits this mask.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_TRAINER)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP_SIGNAL})
     # Orphans of vLLM (its engine, when the API server is killed) become our children: we see them end.
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
@@ -109,12 +116,12 @@ def watch(parent_pid: int, watch_fd: int, remove: list[str], vllm_arguments: lis
             break
     _say(f"{reason}; ending the process group")
 
-    os.killpg(0, signal.SIGTERM)
+    os.killpg(0, STOP_SIGNAL)
     everything_ended = _reap(time.monotonic() + GRACE_S)
     for directory in remove:
         shutil.rmtree(directory, ignore_errors=True)
     if not everything_ended:
-        _say(f"processes were left {GRACE_S:.0f} s after SIGTERM; killing the process group, itself included")
+        _say(f"processes were left {GRACE_S:.0f} s later; killing the process group, itself included")
         os.killpg(0, signal.SIGKILL)
     return code
 

@@ -1,4 +1,4 @@
-"""A vLLM server as a separate process: options, command line, life cycle.
+"""A vLLM server as a separate process: its life cycle. `vllm_command` says how it is started.
 
 The server is started in its own session by `vllm_launcher`, which ends it with the trainer even when that is
 killed with SIGKILL. This module imports neither vLLM nor torch nor Megatron.
@@ -22,24 +22,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from siren_megatron.http_json import http_json
-from siren_megatron.vllm_launcher import GRACE_S, describe_status
+from siren_megatron.vllm_command import ServerOptions, server_arguments, server_environment
+from siren_megatron.vllm_launcher import GRACE_S, STOP_SIGNAL, describe_status
 
-TRANSFER_BACKEND = "siren_shared_memory"
-"""Name under which `vllm_worker` registers its weight-transfer engine with vLLM."""
-WORKER_EXTENSION = "siren_megatron.vllm_worker.WorkerExtension"
-
-# torchrun's own variables would make vLLM believe that it is one of the trainer's ranks.
-_TORCHRUN_NAMES = (
-    "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_WORLD_SIZE "
-    "ROLE_NAME MASTER_ADDR MASTER_PORT OMP_NUM_THREADS"
-).split()
-_TORCHRUN_PREFIXES = ("TORCHELASTIC_", "PET_", "TORCH_NCCL_")
-
+# A server that listens on every address is asked on loopback.
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _TRANSFER_PREFIX = "siren-megatron-"
 _LOG_TAIL_LINES = 15
 _DEATH_NOTICE_S = 6.0  # a dying vLLM answers HTTP 500 first and exits about 3 s later
@@ -49,67 +40,8 @@ class RolloutError(RuntimeError):
     """The rollout server did not start, died, or did not answer as asked; the message is one clear line."""
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """How to start one vLLM server.
-
-    Args:
-        model: directory of a Hugging Face checkpoint (config.json and safetensors).
-        log_file: file that vLLM's output is appended to.
-        dtype: "float32" or "bfloat16".
-        max_model_len: longest prompt + response, in tokens.
-        seed: vLLM's own seed; requests carry their own.
-        tensor_parallel_size: ranks that share the served model.
-        kv_cache_bytes: size of the key-value cache in bytes; 0 = what gpu_memory_utilization allows.
-        max_num_seqs: sequences that vLLM runs at a time.
-        host: address to listen on; keep to loopback, the control endpoints know no password.
-        port: port to listen on; 0 = choose a free one.
-        device: "cpu" or "cuda".
-        gpu_memory_utilization: share of a GPU's memory for vLLM, in (0, 1]; used when kv_cache_bytes is 0.
-        cpu_threads: OpenMP threads of each CPU worker.
-        start_timeout_s: seconds until the server has to be ready.
-        transfer_dir: parent of the private directory through which new weights come; "" = shared memory.
-        extra_args: further arguments for vLLM's API server.
-        extra_env: further environment variables of the server.
-    """
-
-    model: Path
-    log_file: Path
-    dtype: str = "float32"
-    max_model_len: int = 4096
-    seed: int = 0
-    tensor_parallel_size: int = 1
-    kv_cache_bytes: int = 256 * 2**20
-    max_num_seqs: int = 256
-    host: str = "127.0.0.1"
-    port: int = 0
-    device: str = "cpu"
-    gpu_memory_utilization: float = 0.5
-    cpu_threads: int = 1
-    start_timeout_s: float = 300.0
-    transfer_dir: str = ""
-    extra_args: tuple[str, ...] = ()
-    extra_env: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype is {self.dtype!r}; vLLM is served in float32 or bfloat16")
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"device is {self.device!r}; it has to be cpu or cuda")
-        if not (Path(self.model) / "config.json").is_file():
-            raise ValueError(f"model: {self.model} holds no config.json, so it is no Hugging Face checkpoint")
-        positive = ("max_model_len", "tensor_parallel_size", "max_num_seqs", "cpu_threads", "start_timeout_s")
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it has to be positive")
-        if self.kv_cache_bytes < 0:
-            raise ValueError(f"kv_cache_bytes is {self.kv_cache_bytes}; it has to be at least 0 (automatic)")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it has to be in (0, 1]"
-            )
-        if not 0 <= self.port < 65536:
-            raise ValueError(f"port is {self.port}; it has to be between 0 (choose a free one) and 65535")
+class ServerFailed(RolloutError):
+    """The server died, hangs or fails by itself: another one may do the same work."""
 
 
 def choose_port(host: str) -> int:
@@ -151,65 +83,13 @@ def make_transfer_dir(parent: Path) -> tuple[Path, int]:
     return directory, lock_fd
 
 
-def server_arguments(options: ServerOptions, port: int, name: str) -> list[str]:
-    """vLLM's command line; port is a real one, name the model's name in requests."""
-    arguments = [
-        "--model", str(options.model), "--served-model-name", name,
-        "--host", options.host, "--port", str(port),
-        "--dtype", options.dtype, "--seed", str(options.seed),
-        "--max-model-len", str(options.max_model_len), "--max-num-seqs", str(options.max_num_seqs),
-        "--tensor-parallel-size", str(options.tensor_parallel_size),
-        # The default mode ignores the temperature and top-p: not the distribution that was sampled from.
-        "--logprobs-mode", "processed_logprobs",
-        # A checkpoint's generation_config.json would change top-k, top-p and the stop tokens silently.
-        "--generation-config", "vllm",
-        "--skip-tokenizer-init",
-        "--weight-transfer-config", json.dumps({"backend": TRANSFER_BACKEND}),
-        "--worker-extension-cls", WORKER_EXTENSION,
-        "--disable-uvicorn-access-log",
-    ]  # fmt: skip
-    if options.kv_cache_bytes:
-        arguments += ["--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
-    else:
-        arguments += ["--gpu-memory-utilization", str(options.gpu_memory_utilization)]
-    if options.device == "cpu":
-        arguments += ["--enforce-eager"]
-    return arguments + list(options.extra_args)
-
-
-def server_environment(options: ServerOptions, base: Mapping[str, str]) -> dict[str, str]:
-    """Environment of the server: base without torchrun's variables, with what vLLM needs."""
-    environment = {
-        name: value
-        for name, value in base.items()
-        if name not in _TORCHRUN_NAMES and not name.startswith(_TORCHRUN_PREFIXES)
-    }
-    package_parent = str(Path(__file__).resolve().parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, base.get("PYTHONPATH", "")]))
-    environment.update(
-        VLLM_SERVER_DEV_MODE="1",  # the endpoints for pausing and weight transfer
-        HF_HUB_OFFLINE="1",
-        VLLM_NO_USAGE_STATS="1",
-        DO_NOT_TRACK="1",
-    )
-    if options.device == "cpu":
-        environment.update(
-            TORCHDYNAMO_DISABLE="1",  # else the first generation compiles for 14 s
-            OMP_NUM_THREADS=str(options.cpu_threads),
-            CUDA_VISIBLE_DEVICES="",
-        )
-        if options.tensor_parallel_size == 1:
-            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # starts in half the time
-    environment.update(options.extra_env)
-    return environment
-
-
 class RolloutServer:
     """A running vLLM server; make one with `RolloutServer.start(options)`. Also a context manager.
 
     Attributes:
         options: what it was started with.
         url: "http://host:port".
+        api_key: what every request has to carry, new for each server.
         name: the model's name in requests, random, so that another server on the same port is noticed.
         transfer_dir: private directory for weight updates, removed with the server.
         vocab_size: size of the model's vocabulary; None when its config.json does not say.
@@ -221,13 +101,15 @@ class RolloutServer:
         process: subprocess.Popen[bytes],
         port: int,
         name: str,
+        api_key: str,
         transfer_dir: Path,
         held_fds: tuple[int, ...],
         log_offset: int,
     ) -> None:
         self.options = options
-        self.url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
-        self.name = name
+        host = _ANY_ADDRESS.get(options.host, options.host)
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self.name, self.api_key = name, api_key
         self.transfer_dir = transfer_dir
         self.vocab_size = json.loads((options.model / "config.json").read_text()).get("vocab_size")
         self._process = process
@@ -236,6 +118,7 @@ class RolloutServer:
         self._lock = threading.RLock()
         self._started = time.monotonic()
         self._stopped = False
+        self._killed_because = ""
 
     @classmethod
     def start(cls, options: ServerOptions) -> RolloutServer:
@@ -245,7 +128,7 @@ class RolloutServer:
             RolloutError: the process can't be started.
         """
         port = options.port or choose_port(options.host)
-        name = f"siren-{secrets.token_hex(8)}"
+        name, api_key = f"siren-{secrets.token_hex(8)}", secrets.token_urlsafe(32)
         shared_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
         parent = options.transfer_dir or shared_memory
         options.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -265,7 +148,7 @@ class RolloutServer:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    env=server_environment(options, os.environ),
+                    env=server_environment(options, os.environ, api_key),
                     start_new_session=True,
                     pass_fds=(read_end,),
                 )
@@ -276,7 +159,7 @@ class RolloutServer:
             raise RolloutError(f"vLLM could not be started: {error}") from error
         finally:
             os.close(read_end)
-        return cls(options, process, port, name, transfer_dir, (write_end, lock_fd), log_offset)
+        return cls(options, process, port, name, api_key, transfer_dir, (write_end, lock_fd), log_offset)
 
     @property
     def pid(self) -> int:
@@ -313,12 +196,18 @@ class RolloutServer:
                 )
             time.sleep(0.1)
 
+    def request(self, method: str, path: str, body: Any = None, *, timeout_s: float) -> tuple[int, Any]:
+        """`http_json` with the server's address and key."""
+        return http_json(self.url, method, path, body, timeout_s=timeout_s, key=self.api_key)
+
     def _answers(self) -> bool:
         try:
-            status, _ = http_json(self.url, "GET", "/health", timeout_s=5.0)
+            status, _ = self.request("GET", "/health", timeout_s=5.0)
+            if status == 401:
+                raise RolloutError(f"another server answers on {self.url}, and wants another key")
             if status != 200:
                 return False
-            status, models = http_json(self.url, "GET", "/v1/models", timeout_s=5.0)
+            status, models = self.request("GET", "/v1/models", timeout_s=5.0)
         except (OSError, http.client.HTTPException):
             return False
         if status != 200:
@@ -334,6 +223,8 @@ class RolloutServer:
         """How the server ended, in words ("exit code 1", "killed by SIGKILL"), or "still running"."""
         if self.alive():
             return "still running"
+        if self._killed_because:
+            return f"killed because {self._killed_because}"
         code = self._process.returncode
         return describe_status(128 - code if code > 128 else code)
 
@@ -357,14 +248,22 @@ class RolloutServer:
             tail = [f"(the log can't be read: {error})"]
         return "\n".join([f"Last lines of {self.options.log_file}:", *tail])
 
+    def kill(self, because: str) -> None:
+        """End the whole process group at once; `describe_death` then says why. `stop` is still due."""
+        with self._lock:
+            if self.alive():
+                self._killed_because = because
+                self._kill_group(signal.SIGKILL)
+                self._process.wait()
+
     def stop(self) -> None:
-        """End the server's whole process group: SIGTERM, then SIGKILL. May be called again."""
+        """End the server's whole process group: SIGINT, then SIGKILL. May be called again."""
         with self._lock:
             if self._stopped:
                 return
             self._stopped = True
             if self.alive():
-                self._kill_group(signal.SIGTERM)
+                self._kill_group(STOP_SIGNAL)
                 deadline = time.monotonic() + GRACE_S + 2.0
                 while self.alive() and time.monotonic() < deadline:
                     time.sleep(0.05)

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
 
-from siren_megatron.vllm_server import TRANSFER_BACKEND
+from siren_megatron.vllm_command import TRANSFER_BACKEND
 
 
 @dataclass

@@ -19,12 +19,16 @@ import torch
 from safetensors.torch import save_file
 
 from siren_megatron.conversion.files import HfReader
-from siren_megatron.http_json import error_text, http_json
-from siren_megatron.vllm_server import RolloutServer
+from siren_megatron.http_json import error_text
+from siren_megatron.vllm_server import RolloutServer, ServerFailed
 
 
 class WeightSyncError(RuntimeError):
     """The server's weights could not be replaced: it stays paused, and another complete update is needed."""
+
+
+class ServerSyncFailed(WeightSyncError, ServerFailed):
+    """They could not be replaced because the server died, hangs or fails by itself."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class WeightPublisher:
         """Set up vLLM's end; call it once, before the first update.
 
         Raises:
-            WeightSyncError: the server refused or does not answer.
+            ServerSyncFailed: the server refused or does not answer.
         """
         self._post("/init_weight_transfer_engine", {"init_info": {}})
 
@@ -99,8 +103,8 @@ class WeightPublisher:
                 yielded tensor must not be changed during the update. A tied head may be left out.
 
         Raises:
-            WeightSyncError: a tensor is unknown, missing or of another shape, shared memory is full, or the
-                server failed, died or took longer than timeout_s.
+            WeightSyncError: a tensor is unknown, missing or of another shape, or shared memory is full.
+            ServerSyncFailed: the server failed, died or took longer than timeout_s.
         """
         started = time.monotonic()
         self._post("/pause?mode=wait")
@@ -176,23 +180,21 @@ class WeightPublisher:
     def _abort(self) -> None:
         """Close vLLM's update session, so that the next update can start one. It answers with an error."""
         try:
-            http_json(
-                self._server.url, "POST", "/update_weights", {"update_info": {"abort": True}}, timeout_s=10.0
-            )
+            self._server.request("POST", "/update_weights", {"update_info": {"abort": True}}, timeout_s=10.0)
         except (OSError, http.client.HTTPException):
             pass  # the server is gone or hangs: the error that brought us here says so
 
     def _post(self, path: str, body: Any = None) -> None:
         try:
-            status, answer = http_json(self._server.url, "POST", path, body, timeout_s=self._timeout_s)
+            status, answer = self._server.request("POST", path, body, timeout_s=self._timeout_s)
         except TimeoutError as error:
-            raise WeightSyncError(
+            raise ServerSyncFailed(
                 f"{path} took longer than {self._timeout_s:g} s; vLLM's log: {self._server.options.log_file}"
             ) from error
         except (OSError, http.client.HTTPException) as error:
-            raise WeightSyncError(f"{path} failed: {self._server.describe_death()} ({error!r})") from error
+            raise ServerSyncFailed(f"{path} failed: {self._server.describe_death()} ({error!r})") from error
         if status != 200:
-            raise WeightSyncError(
+            raise ServerSyncFailed(
                 f"{path} failed: HTTP {status}: {error_text(answer)}; "
                 f"vLLM's log: {self._server.options.log_file}"
             )

@@ -2,6 +2,7 @@
 """Build a small checkpoint in the Hugging Face format, for a first run and for tests on a CPU.
 
   countdown  a Qwen2 model warmed up on the Countdown task, with its RL and held-out prompts
+  rewrite    the same on the task of rewriting strings of letters
   text       a randomly initialised Qwen2 model with a byte-level BPE tokenizer trained on a JSONL file
 
 The same arguments build the same checkpoint, to the bit, on one machine. The checkpoint appears under its
@@ -19,18 +20,27 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from siren_megatron import countdown  # noqa: E402
+from siren_megatron import countdown, rewrite  # noqa: E402
 from siren_megatron.prompts import data_fingerprint, read_jsonl_field  # noqa: E402
 
 RECIPE_FILE = "toy_checkpoint.json"
 RECIPE_VERSION = 3
+REWRITE_STEPS = 1100  # of the warm-up
+TASKS = {"countdown": countdown, "rewrite": rewrite}
 
 
-def build_countdown_checkpoint(
+def build_countdown_checkpoint(output: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
+    """:func:`build_task_checkpoint` for Countdown."""
+    return build_task_checkpoint("countdown", output, **options)
+
+
+def build_task_checkpoint(
+    task_name: str,
     output: str | os.PathLike[str],
     *,
     seed: int = 1234,
@@ -50,18 +60,19 @@ def build_countdown_checkpoint(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Warm a small Qwen2 model up on Countdown and save it with its prompts.
+    """Warm a small Qwen2 model up on a task and save it with its prompts.
 
     Writes the model and the tokenizer to ``output``, the RL prompts to ``output/prompts/train.jsonl`` and
     the held-out ones, which neither the warm-up nor the RL prompts contain, to ``output/prompts/eval.jsonl``.
 
     Args:
+        task_name: a key of TASKS.
         output: directory to create.
         seed: of the initial weights, the split, the batches and the evaluation's samples.
         steps, batch_size, learning_rate: of the warm-up (AdamW, constant rate after 50 linear steps).
         noise: share of the training targets replaced by uniform tokens of the whole vocabulary, so that the
             model has a tail as a language model's.
-        num_eval_prompts: held-out instances of the 3,341.
+        num_eval_prompts: held-out instances (Countdown has 3,341 in all, rewrite 38,640).
         num_eval_samples: responses sampled per held-out prompt to measure the result (temperature 1).
         num_threads: of the computation; it decides the last bits, so it does not follow the machine.
         overwrite: rebuild an existing directory.
@@ -73,12 +84,12 @@ def build_countdown_checkpoint(
     Raises:
         ValueError: an argument is out of range, or ``output`` exists and was built otherwise.
     """
-    arguments = _recipe_arguments(locals())
+    arguments, task = _recipe_arguments(locals()), TASKS[task_name]
     if min(steps, batch_size, num_eval_samples, num_threads) < 1:
         raise ValueError("--steps, --batch-size, --num-eval-samples and --num-threads must be at least 1")
     if not 0 <= noise < 1:
         raise ValueError(f"--noise must be in [0, 1), got {noise}")
-    instances = countdown.enumerate_instances()
+    instances = task.enumerate_instances()
     if not 1 <= num_eval_prompts < len(instances):
         raise ValueError(f"--num-eval-prompts must be in 1-{len(instances) - 1}, got {num_eval_prompts}")
 
@@ -87,9 +98,9 @@ def build_countdown_checkpoint(
 
         random.Random(seed).shuffle(instances)
         held_out, training = instances[:num_eval_prompts], instances[num_eval_prompts:]
-        _write_prompts(directory / "prompts" / "eval.jsonl", held_out)
-        _write_prompts(directory / "prompts" / "train.jsonl", training)
-        tokenizer = toy_model.countdown_tokenizer(vocab_size)
+        _write_prompts(directory / "prompts" / "eval.jsonl", task, held_out)
+        _write_prompts(directory / "prompts" / "train.jsonl", task, training)
+        tokenizer = toy_model.task_tokenizer(task, vocab_size)
         model = toy_model.new_model(
             tokenizer,
             vocab_size=vocab_size,
@@ -105,6 +116,7 @@ def build_countdown_checkpoint(
             loss = toy_model.warm_up(
                 model,
                 tokenizer,
+                task,
                 training,
                 steps=steps,
                 batch_size=batch_size,
@@ -113,11 +125,13 @@ def build_countdown_checkpoint(
                 seed=seed,
                 quiet=quiet,
             )
-            results = toy_model.evaluate(model, tokenizer, held_out, num_samples=num_eval_samples, seed=seed)
+            results = toy_model.evaluate(
+                model, tokenizer, task, held_out, num_samples=num_eval_samples, seed=seed
+            )
         toy_model.save_checkpoint(model, tokenizer, directory)
         return {"loss": loss, **results}
 
-    return _build_once(Path(output), {"task": "countdown", **arguments}, build, overwrite, quiet)
+    return _build_once(Path(output), {"task": task_name, **arguments}, build, overwrite, quiet)
 
 
 def build_text_checkpoint(
@@ -141,7 +155,7 @@ def build_text_checkpoint(
     Args:
         text_data: JSONL file whose field ``text_key`` the tokenizer is trained on.
         vocab_size: of the model. The tokenizer gets as many tokens when the text yields that many merges.
-        (the others as in :func:`build_countdown_checkpoint`)
+        (the others as in :func:`build_task_checkpoint`)
 
     Returns:
         The recipe as saved in ``toy_checkpoint.json``; ``recipe["results"]`` has the number of tokens.
@@ -176,7 +190,11 @@ def build_text_checkpoint(
 
 def _recipe_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """What decides the bits of the result."""
-    return {k: v for k, v in arguments.items() if k not in ("text_data", "output", "overwrite", "quiet")}
+    return {
+        k: v
+        for k, v in arguments.items()
+        if k not in ("text_data", "task_name", "output", "overwrite", "quiet")
+    }
 
 
 def _build_once(
@@ -229,11 +247,11 @@ def _read_recipe(output: Path) -> dict[str, Any]:
     return saved if isinstance(saved, dict) else {}
 
 
-def _write_prompts(path: Path, instances: list[countdown.Instance]) -> None:
+def _write_prompts(path: Path, task: ModuleType, instances: list[Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for instance in instances:
-            text = countdown.render_prompt(instance)
+            text = task.render_prompt(instance)
             file.write(json.dumps({"problem": text, "answer": text}) + "\n")
 
 
@@ -255,16 +273,20 @@ def _parser() -> argparse.ArgumentParser:
         task.add_argument("--quiet", action="store_true", help="print nothing but errors")
         return task
 
-    task = add("countdown", "warmed up on the Countdown task, with its prompts")
-    task.add_argument("--num-layers", type=int, default=3)
-    task.add_argument("--vocab-size", type=int, default=1024, help="the task itself uses 108 tokens")
-    task.add_argument("--steps", type=int, default=1100, help="steps of the supervised warm-up")
-    task.add_argument("--batch-size", type=int, default=128, help="sequences per warm-up step")
-    task.add_argument("--learning-rate", type=float, default=2e-3, help="of the warm-up's AdamW")
-    task.add_argument("--noise", type=float, default=0.01, help="share of targets replaced by uniform tokens")
-    task.add_argument("--num-eval-prompts", type=int, default=256, help="held out of the 3,341 instances")
-    task.add_argument("--num-eval-samples", type=int, default=32, help="responses per held-out prompt")
-    task.add_argument("--num-threads", type=int, default=2, help="of the computation; decides the last bits")
+    for name, text in (("countdown", "the Countdown task"), ("rewrite", "rewriting strings of letters")):
+        task = add(name, f"warmed up on {text}, with its prompts")
+        used, steps, counted = (108, 1100, "3,341") if name == "countdown" else (16, REWRITE_STEPS, "38,640")
+        task.add_argument("--num-layers", type=int, default=3)
+        task.add_argument("--vocab-size", type=int, default=1024, help=f"the task itself uses {used} tokens")
+        task.add_argument("--steps", type=int, default=steps, help="steps of the supervised warm-up")
+        task.add_argument("--batch-size", type=int, default=128, help="sequences per warm-up step")
+        task.add_argument("--learning-rate", type=float, default=2e-3, help="of the warm-up's AdamW")
+        task.add_argument("--noise", type=float, default=0.01, help="share of targets replaced by any token")
+        task.add_argument("--num-eval-prompts", type=int, default=256, help=f"held out of the {counted}")
+        task.add_argument("--num-eval-samples", type=int, default=32, help="responses per held-out prompt")
+        task.add_argument(
+            "--num-threads", type=int, default=2, help="of the computation; decides the last bits"
+        )
 
     task = add("text", "random weights, tokenizer trained on a JSONL file")
     task.add_argument(
@@ -280,9 +302,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit code (2 for a wrong argument, with one line on stderr)."""
     options = vars(_parser().parse_args(argv))
-    build = {"countdown": build_countdown_checkpoint, "text": build_text_checkpoint}[options.pop("task")]
+    task = options.pop("task")
     try:
-        build(**options)
+        build_text_checkpoint(**options) if task == "text" else build_task_checkpoint(task, **options)
     except (ValueError, OSError) as error:
         print(f"make_toy_checkpoint: {error}", file=sys.stderr)
         return 2

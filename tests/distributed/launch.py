@@ -26,16 +26,23 @@ def _leave_with(parent: int) -> None:
 
 
 def _rank_main(
-    fn: Callable, rank: int, world_size: int, port: int, args: tuple, timeout: float, results
+    fn: Callable, rank: int, world_size: int, port: int, args: tuple, timeout: float, backend: str, results
 ) -> None:
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # its GPU, where there are some
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     try:
         store = dist.TCPStore(
             "127.0.0.1", port, world_size, is_master=False, timeout=datetime.timedelta(seconds=timeout)
         )
         dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=timeout)
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout),
         )
         value = fn(rank, world_size, *args)
         dist.barrier()
@@ -60,14 +67,17 @@ def _join_errors(rank: int, error: str, results) -> str:
         return message
 
 
-def run_ranks(fn: Callable, world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Call fn(rank, world_size, *args) on world_size gloo ranks and return its values in rank order.
+def run_ranks(
+    fn: Callable, world_size: int, *args: Any, timeout: float = 120.0, backend: str = "gloo"
+) -> list[Any]:
+    """Call fn(rank, world_size, *args) on world_size ranks and return its values in rank order.
 
-    Each rank has a process group of its own making (gloo, loopback, a port chosen by the system) and one
-    thread. Values come back pickled: return plain numbers, numpy arrays or small CPU tensors.
+    Each rank has a process group of its own making (loopback, a port chosen by the system) and one thread.
+    Values come back pickled: return plain numbers, numpy arrays or small CPU tensors.
 
     Args:
         timeout: hard limit in seconds for the whole run; then every rank is killed.
+        backend: "gloo", or "nccl" with a GPU a rank.
 
     Raises:
         RuntimeError: a rank failed (its traceback is in the message) or died without a word.
@@ -78,7 +88,9 @@ def run_ranks(fn: Callable, world_size: int, *args: Any, timeout: float = 120.0)
     results = context.Queue()
     # Not daemons: megatron-core's checkpoint writer starts processes of its own.
     ranks = [
-        context.Process(target=_rank_main, args=(fn, rank, world_size, store.port, args, timeout, results))
+        context.Process(
+            target=_rank_main, args=(fn, rank, world_size, store.port, args, timeout, backend, results)
+        )
         for rank in range(world_size)
     ]
     for process in ranks:

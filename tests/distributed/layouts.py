@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from siren_megatron.batch import Sample, make_batch
 from siren_megatron.config import Config, read_hf_config
+from tests.distributed.launch import run_ranks
 
 GROUP_SIZE = 4
 RESPONSES = 16
@@ -78,16 +79,15 @@ def train(
     trainer = Trainer(config, read_hf_config(checkpoint), device)
     samples, rewards = fixed_samples()
     advantages = group_advantages(rewards, GROUP_SIZE)
-    batch = trainer.compute_logprobs(
-        make_batch(samples, rewards, advantages, multiple=trainer.length_multiple)
-    )
+    batch = make_batch(samples, rewards, advantages, multiple=trainer.length_multiple)
+    batch = trainer.compute_logprobs(batch.to(device.device))
     history = []
     for _ in range(updates):
         history.append(trainer.update(batch, ANCHOR))
         # The penalty's factor follows the policy, the ratios keep the first policy as their base.
         now = trainer.compute_logprobs(batch)
         batch = batch.replace(top_p_entropy=now.top_p_entropy)
-    weights = {name: tensor.clone() for name, tensor in trainer.hf_weights()}
+    weights = {name: tensor.cpu().clone() for name, tensor in trainer.hf_weights()}
     parallel_state.destroy_model_parallel()
     return history, weights
 
@@ -95,6 +95,46 @@ def train(
 def train_layouts(rank: int, world_size: int, checkpoint: Path, updates: int, layouts: list[Layout]):
     """For `run_ranks`: the layouts one after the other in the same processes."""
     return [train(checkpoint, updates, layout) for layout in layouts]
+
+
+def compare_layouts(
+    checkpoint: Path,
+    layouts_by_ranks: dict[int, list[Layout]],
+    updates: int,
+    *,
+    backend: str = "gloo",
+    tolerance: float = 1e-4,
+) -> None:
+    """Train in every layout and hold losses, gradient norms and weights to the float64 reference.
+
+    Args:
+        layouts_by_ranks: number of ranks -> layouts.
+        tolerance: largest relative difference.
+    """
+    expected, expected_weights = reference(checkpoint, updates)
+    print(f"\n{'layout':34}{'loss':>12}{'grad norm':>12}{'weights':>12}   (largest relative difference)")
+    for world_size, layouts in layouts_by_ranks.items():
+        results = run_ranks(
+            train_layouts, world_size, checkpoint, updates, layouts, timeout=300, backend=backend
+        )
+        for layout, (history, weights), other in zip(layouts, results[0], results[-1], strict=True):
+            assert other[0] == history, f"{layout.name}: ranks disagree on the metrics"
+            worst = {
+                name: max(
+                    abs(got[name] - want[name]) / (abs(want[name]) + 1e-3 * (name == "loss/policy"))
+                    for got, want in zip(history, expected, strict=True)
+                )
+                for name in expected[0]
+            }
+            # AdamW divides by |gradient|: where a gradient is nearly 0 its rounding decides the direction.
+            drift = max(
+                float((weights[name].double() - want).norm() / want.norm())
+                for name, want in expected_weights.items()
+            )
+            print(f"{layout.name:34}{worst['loss/policy']:12.1e}{worst['grad_norm']:12.1e}{drift:12.1e}")
+            assert weights.keys() == expected_weights.keys()
+            assert max(worst.values()) < tolerance, f"{layout.name}: {worst}"
+            assert drift < tolerance, layout.name
 
 
 def plain_top_p_entropy(logits: torch.Tensor, top_p: float) -> torch.Tensor:

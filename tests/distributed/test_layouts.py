@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from tests.checkpoints import make_random_checkpoint
-from tests.distributed.launch import run_ranks
-from tests.distributed.layouts import Layout, reference, train_layouts
+from tests.distributed.layouts import Layout, compare_layouts, reference
 
 UPDATES = 5
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
@@ -96,28 +95,7 @@ MODELS = {
 def test_updates_equal_a_float64_reference_in_every_layout(tmp_path, model):
     family, layouts_by_ranks = MODELS[model]
     checkpoint = make_random_checkpoint(tmp_path / "model", family)
-    expected, expected_weights = reference(checkpoint, UPDATES)
-    print(f"\n{'layout':34}{'loss':>12}{'grad norm':>12}{'weights':>12}   (largest relative difference)")
-    for world_size, layouts in layouts_by_ranks.items():
-        results = run_ranks(train_layouts, world_size, checkpoint, UPDATES, layouts, timeout=300)
-        for layout, (history, weights), other in zip(layouts, results[0], results[-1], strict=True):
-            assert other[0] == history, f"{layout.name}: ranks disagree on the metrics"
-            worst = {
-                name: max(
-                    abs(got[name] - want[name]) / (abs(want[name]) + 1e-3 * (name == "loss/policy"))
-                    for got, want in zip(history, expected, strict=True)
-                )
-                for name in expected[0]
-            }
-            # AdamW divides by |gradient|: where a gradient is nearly 0 its rounding decides the direction.
-            drift = max(
-                float((weights[name].double() - want).norm() / want.norm())
-                for name, want in expected_weights.items()
-            )
-            print(f"{layout.name:34}{worst['loss/policy']:12.1e}{worst['grad_norm']:12.1e}{drift:12.1e}")
-            assert weights.keys() == expected_weights.keys()
-            assert max(worst.values()) < 1e-4, f"{layout.name}: {worst}"
-            assert drift < 1e-4, layout.name
+    compare_layouts(checkpoint, layouts_by_ranks, UPDATES)
 
 
 def test_reference_has_something_to_say(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from siren_megatron.metrics import read_metrics
+from siren_megatron.report import read_records
 from tests.distributed.launch import run_ranks
 from tests.integration.jobs import (
     REPOSITORY,
@@ -37,6 +38,9 @@ def toy_run(tmp_path_factory):
     save = tmp_path_factory.mktemp("toy") / "run"
     script = REPOSITORY / "examples" / "run_siren_cpu.sh"
     arguments = ["--num-steps", str(SCRIPT_STEPS), "--save", str(save), "--tensorboard-dir", str(save / "tb")]
+    held_out = REPOSITORY / "runs" / "toy-countdown" / "prompts" / "eval.jsonl"
+    arguments += ["--eval-data", str(held_out), "--eval-interval", "30", "--eval-at-start"]
+    arguments += ["--eval-num-samples", "4", "--eval-temperature", "1", "--eval-top-p", "1"]
     done = subprocess.run(["bash", str(script), *arguments], capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return save, done.stdout
@@ -64,6 +68,24 @@ def test_vllm_and_trainer_agree_after_every_update(toy_run):
     rows = read_metrics(toy_run[0] / "metrics.jsonl")
     assert max(row["rollout_logprob_diff"] for row in rows) < 1e-4
     assert max(row["weight_sync_logprob_diff"] for row in rows) < 1e-4
+
+
+def test_the_held_out_prompts_are_evaluated(toy_run):
+    save, output = toy_run
+    rows = [json.loads(line) for line in (save / "eval.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 30, SCRIPT_STEPS], "at the start, when due and after the last"
+    logged = {row["step"]: row for row in read_metrics(save / "metrics.jsonl") if "eval/eval/avg@4" in row}
+    assert set(logged) == {30, SCRIPT_STEPS}
+    for row in rows[1:]:
+        metrics = logged[row["step"]]
+        for name in ("avg@4", "maj@4", "pass@2", "pass@4"):
+            assert metrics[f"eval/eval/{name}"] == row["eval"][name]["value"]
+        assert metrics["time/eval"] > 0
+        assert row["eval"]["avg@4"]["low"] < row["eval"]["avg@4"]["value"] < row["eval"]["avg@4"]["high"]
+        assert row["eval"]["avg@4"]["value"] < row["eval"]["pass@4"]["value"]
+    first, last = rows[0]["eval"]["avg@4"]["value"], rows[-1]["eval"]["avg@4"]["value"]
+    assert last > first + 0.03, f"avg@4 of the held-out prompts went from {first:.3f} to {last:.3f}"
+    assert "step 0: eval eval  avg@4" in output and "eval/eval/avg@4" in (save / "report.html").read_text()
 
 
 def test_tensorboard_holds_the_reward(toy_run):
@@ -144,6 +166,7 @@ def test_a_run_resumes_from_its_checkpoint(toy_checkpoint, tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert len({row["siren/entropy_anchor"] for row in rows}) == 1, "the anchor is kept, not measured again"
     assert rows[-1]["rollout_logprob_diff"] < 1e-4, "vLLM got the resumed weights"
+    assert [record["step"] for record in read_records(save / "tokens.jsonl")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("layout", ["tensor-model-parallel-size", "pipeline-model-parallel-size"])
@@ -213,9 +236,9 @@ def test_killing_the_trainer_leaves_no_vllm_behind(toy_checkpoint, tmp_path):
         wait_until(lambda: not processes_mentioning(str(save)), 30, "every process of the run ended")
 
 
-def test_killing_vllm_ends_the_job_with_one_clear_line(toy_checkpoint, tmp_path):
+def test_killing_vllm_ends_a_job_without_restarts_with_one_clear_line(toy_checkpoint, tmp_path):
     save = tmp_path / "run"
-    with started_job(toy_options(toy_checkpoint, save, num_steps=1000)) as job:
+    with started_job(toy_options(toy_checkpoint, save, num_steps=1000, rollout_max_restarts=0)) as job:
         wait_until(
             lambda: (save / "metrics.jsonl").exists() and read_metrics(save / "metrics.jsonl"), 180, "step"
         )

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -156,6 +157,32 @@ def served(request, tied_and_untied):
     return tied_and_untied[request.param]
 
 
+# A few of many: the guard knows no paths.
+ENDPOINTS = """GET /health;GET /metrics;GET /v1/models;GET /is_paused;GET /openapi.json;GET /nowhere
+POST /v1/completions;POST /pause?mode=wait;POST /collective_rpc;POST /update_weights;POST /reset_prefix_cache
+OPTIONS /pause""".replace("\n", ";").split(";")
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_no_endpoint_answers_without_the_key(served, endpoint):
+    method, path = endpoint.split()
+    for key in (None, "guess", served.server.api_key[:-1]):
+        assert http_json(served.server.url, method, path, timeout_s=10.0, key=key)[0] == 401
+    assert served.server.request("GET", "/is_paused", timeout_s=10.0) == (200, {"is_paused": False})
+
+
+def test_nobody_else_can_reach_the_server_or_see_its_key(served):
+    for pid in group_members(served.server.pid):
+        assert served.server.api_key.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        for connection in psutil.Process(pid).net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                assert connection.laddr.ip in ("127.0.0.1", "::1"), (
+                    connection,
+                    psutil.Process(pid).cmdline(),
+                )
+    assert served.server.api_key not in served.server.options.log_file.read_text()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_the_sampling_distribution(served, temperature):
     groups = served.generate(temperature=temperature, seed=1)
@@ -247,7 +274,7 @@ def test_an_update_waits_for_running_requests(served):
     running = threading.Event()
 
     def metrics_say_running():
-        _, text = http_json(served.server.url, "GET", "/metrics", timeout_s=10.0)
+        _, text = served.server.request("GET", "/metrics", timeout_s=10.0)
         lines = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running{")]
         return any(float(line.split()[-1]) > 0 for line in lines)
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from siren_megatron.config import Config, build_parser, check, parse_args
+from siren_megatron.config import Config, build_parser, check, option_defaults, parse_args
 from tests.checkpoints import write_prompts
 
 ARCHITECTURE = {
@@ -69,6 +69,8 @@ WRONG = [
     (["--entropy-metod", "siren"], "unrecognized arguments: --entropy-metod siren"),
     (["--entropy-coef", "1"], "unrecognized arguments: --entropy-coef 1"),
     (["--load", "x", "--overwrite"], "--load and --overwrite contradict each other"),
+    (["--record-prompts", "0", "--record-interval", "5"],
+     "--record-interval 5 has no meaning with --record-prompts 0"),
     (["--load", "no-such-run"], "--load no-such-run holds no checkpoint"),
     (["--hf-checkpoint", "no-such-dir"], "--hf-checkpoint no-such-dir is not a directory"),
     (["--prompt-data", "no-such-file"], "--prompt-data no-such-file"),
@@ -79,6 +81,10 @@ WRONG = [
     (["--prompt-template", "{prompt}", "--prompt-system", "s"], "--prompt-template and --prompt-system"),
     (["--reward", "math", "--reward-function", "r.py:f"], "--reward math and --reward-function r.py:f"),
     (["--reward-function", "no-such.py:f"], "--reward-function no-such.py:f: No such file"),
+    (["--rollout-host", "192.0.2.1"], "--rollout-host '192.0.2.1' is no address of this machine"),
+    (["--rollout-host", "no such host"], "--rollout-host 'no such host' is no address of this machine"),
+    (["--rollout-max-restarts", "-1"], "--rollout-max-restarts must be at least 0, got -1"),
+    (["--max-consecutive-skips", "0"], "--max-consecutive-skips must be at least 1, got 0"),
     (["--tokenizer", "no-such.model"], "--tokenizer no-such.model: no such directory or file"),
 ]  # fmt: skip
 
@@ -119,6 +125,14 @@ def test_an_existing_run_is_not_touched_unless_told(files, capsys):
     assert parse_args(arguments(files, "--overwrite")).run.overwrite
     (files["save"] / "checkpoints" / "step_000001").mkdir(parents=True)
     assert parse_args(arguments(files, "--load", str(files["save"]))).run.load == files["save"]
+
+
+def test_defaults_are_those_of_a_run_with_the_required_options_alone(files):
+    flat, defaults = Config.of(**files).flat(), option_defaults()
+    assert flat.keys() - defaults.keys() == {"hf_checkpoint", "prompt_data", "save"}
+    assert {key: flat[key] for key in defaults if key != "reward"} == {
+        key: value for key, value in defaults.items() if key != "reward"
+    }
 
 
 def test_world_size_must_fit_the_layout(files):

@@ -1,5 +1,7 @@
 """report.html and the SVG charts: they parse, hold the run's data, and reach for nothing outside."""
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -14,6 +16,7 @@ from siren_megatron.charts import (
     CHART_WIDTH,
     LEFT,
     RIGHT,
+    THEME_CSS,
     TOP,
     Chart,
     Series,
@@ -24,6 +27,8 @@ from siren_megatron.charts import (
     trailing_mean,
 )
 from siren_megatron.report import build_sections, render_report, write_report
+from siren_megatron.report.page import asset
+from siren_megatron.report.tokens import color_scale
 
 ROWS = [
     {
@@ -51,7 +56,7 @@ DETAILS = {
 class Page(HTMLParser):
     """Checks that tags nest, and keeps text by tag."""
 
-    VOID = {"meta", "line", "path", "rect", "br"}
+    VOID = {"meta", "line", "path", "rect", "br", "input"}
 
     def __init__(self, html):
         super().__init__()
@@ -76,17 +81,35 @@ class Page(HTMLParser):
             self.text.setdefault(self.open[-1], []).append(data)
 
 
+def data_of(page):
+    """name -> value of the page's JSON."""
+    blocks = [a["id"] for tag, a in page.tags if tag == "script" and "id" in a]
+    texts = page.text["script"][: len(blocks)]
+    return {name.removeprefix("data-"): json.loads(t) for name, t in zip(blocks, texts, strict=True)}
+
+
+def a_record(tokens, prompt="p", entropy=None):
+    """A record with one response, with what Python reads of it."""
+    response = {"tokens": tokens, "entropy": entropy or [0.5] * len(tokens)}
+    prompts = [{"prompt": prompt, "responses": [response]}]
+    return {"step": 7, "prompts": prompts, "positions": {}, "regularised": {}, "often": {}, "texts": []}
+
+
 def test_report_holds_the_data_of_every_metric():
     page = Page(render_report(ROWS, **DETAILS))
-    data = json.loads(next(text for text in page.text["script"] if text.startswith('{"steps"')))
-    assert data["steps"] == [1, 2, 3, 4, 5]
-    assert data["values"]["reward"] == [row["reward"] for row in ROWS]
-    assert data["values"]["made_up"] == [1.0, "NaN", 3.0, 4.0, 5.0]
-    assert data["values"]["eval/pass@8"] == [None, 0.5, None, None, None]
-    assert data["values"]["time/other"] == [0.5] * 5
+    charts = data_of(page)["curves"]
+    curves = {
+        name: (chart["steps"], values)
+        for chart in charts
+        for name, values in zip(chart["names"], chart["values"], strict=True)
+    }
+    assert curves["reward"] == ([1, 2, 3, 4, 5], [row["reward"] for row in ROWS])
+    assert curves["made_up"][1] == [1.0, "NaN", 3.0, 4.0, 5.0]
+    assert curves["eval/pass@8"] == ([2], [0.5])
+    assert curves["time/other"][1] == [0.5] * 5
     drawn = [attributes for tag, attributes in page.tags if tag == "svg" and "data-chart" in attributes]
-    assert [int(attributes["data-chart"]) for attributes in drawn] == list(range(len(data["charts"])))
-    named = {name for chart in data["charts"] for name in chart}
+    assert [int(attributes["data-chart"]) for attributes in drawn] == list(range(len(charts)))
+    named = set(curves)
     assert named == (set().union(*ROWS) - {"step", "wall_time", "time/step"}) | {"time/other"}
 
 
@@ -95,14 +118,85 @@ def test_report_shows_configuration_and_paths_as_text_not_as_markup():
     cells = page.text["td"]
     assert "</table><script>alert(1)</script>" in cells and "0.0001" in cells and "/runs/<b>one" in cells
     assert not any("alert" in text for text in page.text["script"])
-    assert "torch" in cells and "finished" in page.text["span"]
+    assert "torch" in page.text["th"] and "finished" in page.text["span"]
+
+
+def test_what_differs_from_the_defaults_comes_first():
+    config = {"lr": 1e-4, "seed": 1234, "hf_checkpoint": "/m", "entropy_top_p": 1.0, "wandb_project": None}
+    cells = Page(render_report(ROWS, **{**DETAILS, "config": config})).text
+    options = [text for text in cells["th"] if text.startswith("--")]
+    assert options == ["--lr", "--hf-checkpoint", "--entropy-top-p", "--seed", "--wandb-project"]
+    assert cells["td"][:6] == ["0.0001", "1e-06", "/m", "required", "1.0", "0.8"]
+    assert "The 2 options at their defaults" in cells["summary"]
+
+
+def test_the_policy_of_the_page_lets_its_own_script_and_style_run_and_nothing_else():
+    html = render_report(ROWS, **DETAILS)
+    page = Page(html)
+    (policy,) = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    for tag, rule in (("style", "style-src"), ("script", "script-src")):
+        text = page.text[tag][-1]
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert rules[rule] == f"'sha256-{digest}'"
+    assert not [a for _, a in page.tags if "style" in a or any(name.startswith("on") for name in a)]
+
+
+def test_text_of_a_model_cannot_leave_its_script_element():
+    hostile = "</script><script>alert(1)</script><!--<script>"
+    record = a_record(tokens=[hostile, "\ud800", "\u2028"], prompt=hostile)
+    page = Page(render_report(ROWS, **DETAILS, records=[record]))
+    data = data_of(page)
+    assert data["record-0"] == record and data["records"]["list"] == ["7"]
+    assert len(page.text["script"]) == len([tag for tag, _ in page.tags if tag == "script"]) == len(data) + 1
+
+
+def test_color_scale_is_the_99th_percentile_of_all_records():
+    low = a_record(tokens=["x"] * 99, entropy=[0.2] * 98 + [None])
+    assert color_scale([low]) == 0.2
+    assert color_scale([low, a_record(tokens=["x"] * 2, entropy=[1.234, 9.0])]) == 1.2
+    assert color_scale([a_record(tokens=["x"], entropy=[0.0])]) == 0.1 == color_scale([])
+
+
+def contrast(first, second):
+    """WCAG's ratio of two colours, (r, g, b) of 0 to 255."""
+
+    def luminance(color):
+        linear = [c / 3294.6 if c <= 10.31 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast_in_both_schemes(scheme):
+    css = THEME_CSS + asset("page.css")
+    found = {}
+    blocks = re.findall(r"(@media \(prefers-color-scheme: dark\) \{ )?:root \{(.*?)\}", css, re.DOTALL)
+    for dark, block in blocks:
+        if scheme == "dark" or not dark:
+            found.update(re.findall(r"--([\w-]+): #(\w{6})", block))
+    color = {name: tuple(bytes.fromhex(value)) for name, value in found.items()}
+    pairs = [("ink", "card"), ("muted", "card"), ("muted", "page"), ("focus", "card"), ("focus", "page")]
+    pairs += [("mute-ink", "card"), ("ink", "heat")]
+    ratios = {pair: contrast(color[pair[0]], color[pair[1]]) for pair in pairs}
+    assert not {pair: ratio for pair, ratio in ratios.items() if ratio < 4.5}
+    # Any strength of the tokens' colour, mixed into the card as CSS mixes sRGB.
+    for n in range(11):
+        mixed = tuple(
+            h * n / 10 + c * (1 - n / 10) for h, c in zip(color["heat"], color["card"], strict=True)
+        )
+        assert contrast(color["ink"], mixed) >= 4.5
+    assert contrast(color["peak"], color["card"]) >= 3  # the line below chosen tokens
 
 
 def test_report_names_no_address_outside():
     html = render_report(ROWS, **DETAILS).replace(
         "http://www.w3.org/2000/svg", ""
     )  # a namespace, not fetched
-    assert not re.search(r"https?:|src=|href=|url\(|@import", html)
+    assert not re.search(r"https?:|src=|href=[^\"]|href=\"[^#]|url\(|@import", html)
 
 
 def test_report_of_no_rows_and_of_one_row(tmp_path):

@@ -234,7 +234,10 @@ def test_only_the_end_of_a_long_response_is_graded():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("maths", "--reward maths: neither one of countdown, exact, math nor package.module:function"),
+        (
+            "maths",
+            "--reward maths: neither one of countdown, exact, math, rewrite nor package.module:function",
+        ),
         ("no_such_module:reward", "--reward no_such_module:reward: No module named 'no_such_module'"),
         (
             "tests.unit.hostile_rewards:no_such",

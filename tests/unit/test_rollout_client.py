@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from siren_megatron import weight_sync
 from siren_megatron.batch import Sample
-from siren_megatron.http_json import error_text
+from siren_megatron.http_json import error_text, http_json
 from siren_megatron.rollout import RolloutClient, RolloutError, parse_completion, prompt_seed
 from siren_megatron.weight_sync import WeightPublisher, WeightSyncError, checkpoint_shapes
 
@@ -183,6 +184,62 @@ def test_an_answer_that_does_not_come_times_out():
             release.set()
 
 
+def test_a_request_that_takes_too_long_is_sent_again_with_its_seed():
+    release, seen = threading.Event(), []
+
+    def slow_once(path, body):
+        seen.append(body)
+        if len(seen) == 1:
+            release.wait(20)
+        return echo(path, body)
+
+    with fake_server(slow_once) as url:
+        try:
+            client = RolloutClient(url, 0.5, 1, request_retries=1)
+            groups = client.generate([[4, 2]], **ARGUMENTS)
+        finally:
+            release.set()
+    assert groups[0][0].response_ids == (4, 2)
+    assert seen[0] == seen[1] and len(seen) == 2
+    assert (client.num_retries, client.num_dropped) == (1, 0)
+
+
+def test_a_prompt_that_is_too_slow_again_and_again_is_dropped_alone():
+    release, asked = threading.Event(), []
+
+    def slow_prompt(path, body):
+        asked.append(body["prompt"])
+        if body["prompt"] == [1, 9]:
+            release.wait(20)
+        return echo(path, body)
+
+    with fake_server(slow_prompt) as url:
+        try:
+            dropping = RolloutClient(url, 0.5, 4, request_retries=2)
+            groups = dropping.generate([[0, 9], [1, 9], [2, 9]], **ARGUMENTS, may_drop=True)
+            client = RolloutClient(url, 0.5, 4)
+            with pytest.raises(RolloutError, match=r"prompt 1 took longer than 0.5 s, 1 time\(s\)"):
+                client.generate([[0, 9], [1, 9]], **ARGUMENTS)
+        finally:
+            release.set()
+    assert [[sample.response_ids for sample in group] for group in groups] == [[(0, 9)], [], [(2, 9)]]
+    assert asked.count([1, 9]) == 4 and asked.count([1]) == 2, "at last one token is asked for"
+    assert (dropping.num_retries, dropping.num_dropped) == (2, 1)
+    assert (client.num_retries, client.num_dropped) == (0, 0)
+
+
+def test_prompts_sent_again_keep_the_seeds_of_their_numbers():
+    seeds = {}
+
+    def record(path, body):
+        seeds[body["prompt"][0]] = body["seed"]
+        return echo(path, body)
+
+    with fake_server(record) as url:
+        RolloutClient(url, 10, 2).generate([[7], [3]], **ARGUMENTS, stream_ids=[7, 3])
+    assert seeds == {7: prompt_seed(0, 7), 3: prompt_seed(0, 3)}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -240,6 +297,7 @@ def publisher(tmp_path):
                 transfer_dir=transfer_dir,
                 options=SimpleNamespace(model=model, dtype="float32", log_file=Path("vllm.log")),
                 describe_death=lambda: "the vLLM server died (exit code 0)",
+                request=partial(http_json, url),
             )
             yield WeightPublisher(server, **options), calls
 

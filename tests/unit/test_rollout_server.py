@@ -12,18 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from siren_megatron.http_json import http_json
 from siren_megatron.rollout import RolloutError, RolloutServer, ServerOptions
+from siren_megatron.vllm_command import server_arguments, server_environment
+from siren_megatron.vllm_health import HealthMonitor, stopped_process
 from siren_megatron.vllm_launcher import describe_status
-from siren_megatron.vllm_server import (
-    choose_port,
-    make_transfer_dir,
-    server_arguments,
-    server_environment,
-)
+from siren_megatron.vllm_server import choose_port, make_transfer_dir
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# Stands where vLLM's entry stands. It starts an "engine" that ignores SIGTERM, then does as FAKE_VLLM says.
+# Stands where vLLM's entry stands. It starts an "engine" that ignores SIGINT, then does as FAKE_VLLM says.
 FAKE_ENTRY = """
 import http.server, json, os, signal, subprocess, sys, time
 
@@ -32,8 +30,9 @@ def main():
     if os.environ["FAKE_VLLM"] == "dies":
         print("ValueError: the fake model is broken", flush=True)
         sys.exit(3)
-    subprocess.Popen([sys.executable, "-c",
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    if os.environ["FAKE_VLLM"] != "serves alone":
+      subprocess.Popen([sys.executable, "-c",
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
         "print('engine is up', flush=True); time.sleep(600)"])
     if os.environ["FAKE_VLLM"] == "hangs":
         time.sleep(600)
@@ -43,6 +42,12 @@ def main():
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            if self.headers["Authorization"] != "Bearer " + os.environ["VLLM_API_KEY"]:
+                self.send_response(401)
+                self.end_headers()
+                return
+            if os.path.exists(os.environ.get("HANG_FILE", "/nowhere")):
+                time.sleep(600)
             body = b"" if self.path == "/health" else json.dumps({"data": [{"id": name}]}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -50,7 +55,7 @@ def main():
             self.wfile.write(body)
 
     port = int(sys.argv[sys.argv.index("--port") + 1])
-    http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+    http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
 
@@ -149,17 +154,18 @@ def test_the_environment_hides_torchrun_and_keeps_the_rest(checkpoint):
         "TORCHELASTIC_RUN_ID": "x",
         "CUDA_VISIBLE_DEVICES": "3",
     }
-    cpu = server_environment(ServerOptions(model=checkpoint, log_file=Path("x"), cpu_threads=2), base)
+    cpu = server_environment(ServerOptions(model=checkpoint, log_file=Path("x"), cpu_threads=2), base, "key")
     assert cpu["PATH"] == "p"
     assert cpu["PYTHONPATH"].split(os.pathsep) == [str(REPOSITORY), "mine"]
     assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & cpu.keys()
     assert cpu["OMP_NUM_THREADS"] == "2"
     assert cpu["TORCHDYNAMO_DISABLE"] == "1"
     assert cpu["VLLM_SERVER_DEV_MODE"] == "1"
+    assert cpu["VLLM_API_KEY"] == "key"
     options = ServerOptions(
         model=checkpoint, log_file=Path("x"), device="cuda", extra_env={"CUDA_VISIBLE_DEVICES": "5"}
     )
-    gpu = server_environment(options, base)
+    gpu = server_environment(options, base, "key")
     assert gpu["CUDA_VISIBLE_DEVICES"] == "5"
     assert "TORCHDYNAMO_DISABLE" not in gpu
 
@@ -255,6 +261,75 @@ def test_vllm_killed_ends_the_group_and_is_described(make_options):
         os.kill(vllm, signal.SIGKILL)
         wait_until(lambda: group_members(server.pid) == [], 15)
         assert "vLLM ended by itself: killed by SIGKILL" in server.log_tail()
+
+
+def pid_of_vllm(server):
+    (vllm,) = [
+        pid for pid in group_members(server.pid) if b"\0serve\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    return vllm
+
+
+@pytest.mark.parametrize("which", ["vLLM", "its launcher"])
+def test_a_stopped_process_ends_the_server(make_options, which):
+    with RolloutServer.start(make_options("serves")) as server:
+        server.wait_ready()
+        monitor = HealthMonitor(server, 600.0)
+        victim = pid_of_vllm(server) if which == "vLLM" else server.pid
+        assert stopped_process(server.pid) is None
+        os.kill(victim, signal.SIGSTOP)
+        wait_until(lambda: not server.alive(), 30)
+        monitor.close()
+        wait_until(lambda: group_members(server.pid) == [], 5)
+        assert f"killed because its process {victim} is stopped" in server.describe_death()
+
+
+def test_a_server_that_does_not_answer_any_more_is_killed(make_options, tmp_path):
+    hang = tmp_path / "hang"
+    with RolloutServer.start(make_options("serves", extra_env={"HANG_FILE": str(hang)})) as server:
+        server.wait_ready()
+        monitor = HealthMonitor(server, 1.0)
+        hang.touch()
+        wait_until(lambda: not server.alive(), 60)
+        monitor.close()
+        assert "its /health did not answer for 1 s" in server.describe_death()
+
+
+def test_a_healthy_server_is_left_alone(make_options):
+    with RolloutServer.start(make_options("serves alone")) as server:
+        server.wait_ready()
+        checks, request = [], server.request
+        server.request = lambda *a, **more: checks.append(request(*a, **more)) or checks[-1]
+        monitor = HealthMonitor(server, 600.0)
+        wait_until(lambda: len(checks) >= 3, 60)
+        monitor.close()
+        assert server.alive() and {status for status, _ in checks} == {200}
+
+
+def test_signals_for_the_trainer_leave_the_server_alone(make_options):
+    """SLURM sends them to every process of a job."""
+    with RolloutServer.start(make_options("serves alone")) as server:
+        server.wait_ready()
+        members = group_members(server.pid)
+        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            os.killpg(server.pid, signum)
+        server.wait_ready()
+        for pid in members:
+            pending = Path(f"/proc/{pid}/status").read_text().split("ShdPnd:")[1].split()[0]
+            assert int(pending, 16) >> signal.SIGTERM - 1 & 1, "it is blocked, not handled"
+        assert group_members(server.pid) == members
+
+
+def test_no_answer_without_the_key_and_the_key_is_nowhere_to_be_seen(make_options):
+    with RolloutServer.start(make_options("serves alone")) as server:
+        server.wait_ready()
+        assert http_json(server.url, "GET", "/health", timeout_s=5)[0] == 401
+        assert http_json(server.url, "GET", "/health", timeout_s=5, key="guess")[0] == 401
+        assert server.request("GET", "/health", timeout_s=5)[0] == 200
+        for pid in group_members(server.pid):
+            assert server.api_key.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        assert server.api_key not in server.options.log_file.read_text()
+        assert server.api_key not in repr(server.options)
 
 
 @pytest.mark.parametrize("with_sibling", [False, True], ids=["alone", "sibling holds the pipe"])

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPTS = ("tools/setup_venv.sh", "tests/run.sh", "examples/run_siren_cpu.sh", ".ci/run")
+SCRIPTS = (
+    "tools/setup_venv.sh",
+    "tests/run.sh",
+    "examples/run_siren_cpu.sh",
+    "examples/run_siren_7b_tp4.sh",
+    "tests/nightly/run.slurm",
+    ".ci/run",
+)
 
 # Answers to what setup_venv.sh asks of Python; calls that change something are written to $CALLS.
 FAKE_PYTHON = r"""#!/usr/bin/env bash
@@ -190,7 +197,6 @@ def example(tmp_path):
     for name, text in (
         ("tools/setup_venv.sh", stand_in),
         (".venv/bin/python", python),
-        (".venv/bin/torchrun", stand_in),
     ):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -211,10 +217,11 @@ def example(tmp_path):
 def test_example_sets_up_checks_and_trains(example):
     result, calls = example("--num-steps", "5")
     assert result.returncode == 0, result.stderr
-    assert [call.split()[0] for call in calls] == ["setup_venv.sh", "python", "python", "torchrun"]
+    assert [call.split()[0] for call in calls] == ["setup_venv.sh", "python", "python", "python"]
     assert "make_toy_checkpoint.py countdown --output runs/toy-countdown" in calls[1]
     assert calls[2].endswith("--save runs/siren-cpu --num-steps 5 --check")
-    assert calls[3].startswith("torchrun --standalone --nproc-per-node 2 pretrain_siren.py ")
+    launch = "python -m siren_megatron.launch --standalone --nproc-per-node 2 pretrain_siren.py "
+    assert calls[3].startswith(launch)
     assert calls[3].endswith("--save runs/siren-cpu --num-steps 5")
 
 
@@ -242,10 +249,10 @@ def test_example_leaves_the_directory_to_the_user(example, arguments, save):
     assert f"--save {save} {' '.join(arguments)}" in calls[-1]
 
 
-def test_example_ends_with_2_on_wrong_options_before_torchrun(example):
+def test_example_ends_with_2_on_wrong_options_before_the_launch(example):
     result, calls = example("--lr", "wrong")
     assert result.returncode == 2
-    assert not any(call.startswith("torchrun") for call in calls)
+    assert not any("siren_megatron.launch" in call for call in calls)
 
 
 def test_example_help_says_what_it_does_and_installs_nothing(example):

@@ -88,13 +88,13 @@ def test_the_warm_up_sees_training_instances_only(monkeypatch, tmp_path):
     seen, evaluated = [], []
     warm_up, evaluate = toy_model.warm_up, toy_model.evaluate
 
-    def spy_on_warm_up(model, tokenizer, instances, **options):
+    def spy_on_warm_up(model, tokenizer, task, instances, **options):
         seen.extend(instances)
-        return warm_up(model, tokenizer, instances, **options)
+        return warm_up(model, tokenizer, task, instances, **options)
 
-    def spy_on_evaluate(model, tokenizer, instances, **options):
+    def spy_on_evaluate(model, tokenizer, task, instances, **options):
         evaluated.extend(instances)
-        return evaluate(model, tokenizer, instances, **options)
+        return evaluate(model, tokenizer, task, instances, **options)
 
     monkeypatch.setattr(toy_model, "warm_up", spy_on_warm_up)
     monkeypatch.setattr(toy_model, "evaluate", spy_on_evaluate)
@@ -136,7 +136,9 @@ def test_the_model_that_is_loaded_is_the_one_that_was_trained(built):
     lines = (directory / "prompts" / "eval.jsonl").read_text().splitlines()
     held_out = [countdown.parse_instance(json.loads(line)["answer"]) for line in lines]
     with toy_model.fixed_threads(1):
-        results = toy_model.evaluate(model, tokenizer, held_out, num_samples=2, seed=recipe["seed"])
+        results = toy_model.evaluate(
+            model, tokenizer, countdown, held_out, num_samples=2, seed=recipe["seed"]
+        )
     assert results == {key: recipe["results"][key] for key in ("avg@2", "pass@2")}
 
 

@@ -1,0 +1,79 @@
+"""What the experiment runs: the methods with their options, and how large each setting is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "grpo": ("--entropy-method", "none"),
+    "naive-0.001": ("--entropy-method", "naive", "--entropy-coeff", "0.001"),
+    "naive-0.01": ("--entropy-method", "naive", "--entropy-coeff", "0.01"),
+    "naive-0.05": ("--entropy-method", "naive", "--entropy-coeff", "0.05"),
+    "clip-cov": ("--entropy-method", "clip-cov", "--entropy-cov-fraction", "2e-3"),
+    "kl-cov": ("--entropy-method", "kl-cov", "--entropy-cov-fraction", "2e-3"),
+    "entropy-advantage": ("--entropy-method", "entropy-advantage"),
+    "high-entropy-tokens": ("--entropy-method", "high-entropy-tokens"),
+    "entropy-constraint": ("--entropy-method", "entropy-constraint", "--entropy-rate", "0.01"),
+    "siren-0.005": ("--entropy-method", "siren", "--entropy-coeff", "0.005"),
+    "siren-0.1": ("--entropy-method", "siren", "--entropy-coeff", "0.1"),
+    "siren-0.5": ("--entropy-method", "siren", "--entropy-coeff", "0.5"),
+    "siren-no-top-p": ("--entropy-method", "siren", "--entropy-coeff", "0.1", "--entropy-top-p", "1"),
+    "siren-no-peak": ("--entropy-method", "siren", "--entropy-coeff", "0.1", "--siren-peak-quantile", "0"),
+    "siren-no-anchor": ("--entropy-method", "siren", "--entropy-coeff", "0.01", "--no-siren-anchor"),
+    "anchor-alone": (
+        *("--entropy-method", "siren", "--entropy-coeff", "0.1"),
+        *("--entropy-top-p", "1", "--siren-peak-quantile", "0"),
+    ),
+}
+"""Name -> options of pretrain_siren.py. Steps are of few tokens here: the cov fraction is ten times 2e-4."""
+
+TOP_P_GRID = (0.5, 0.8, 0.95)
+QUANTILE_GRID = (0.0, 0.5, 0.8)
+GRID: dict[str, tuple[str, ...]] = {
+    f"grid-p{top_p:g}-q{quantile:g}": (
+        *("--entropy-method", "siren", "--entropy-coeff", "0.1"),
+        *("--entropy-top-p", f"{top_p:g}", "--siren-peak-quantile", f"{quantile:g}"),
+    )
+    for top_p in TOP_P_GRID
+    for quantile in QUANTILE_GRID
+    if (top_p, quantile) != (0.8, 0.8)  # that is siren-0.1
+}
+"""SIREN's sensitivity to the mass of the top-p mask and the quantile of the peak mask."""
+
+BASELINE = "grpo"
+"""What every other method is compared with."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How large an experiment is.
+
+    Args:
+        steps: rollout steps of each run.
+        seeds: of the methods; grid_seeds of the sensitivity grid (0 = no grid).
+        methods: names in METHODS.
+        eval_prompts: held-out prompts of the final evaluation.
+        eval_samples: responses to each of them: pass@k goes up to it.
+        curve_prompts, curve_samples, curve_interval: the evaluations during training.
+    """
+
+    steps: int
+    seeds: int
+    grid_seeds: int
+    methods: tuple[str, ...]
+    eval_prompts: int
+    eval_samples: int
+    curve_prompts: int
+    curve_samples: int
+    curve_interval: int
+
+
+SETTINGS = {
+    "quick": Setting(40, 1, 0, ("grpo", "naive-0.05", "siren-0.1"), 64, 64, 32, 16, 20),
+    "full": Setting(120, 5, 3, tuple(METHODS), 256, 256, 128, 32, 20),
+}
+TRAINING = (
+    *("--rollout-batch-size", "32", "--rollout-num-samples", "8", "--rollout-max-response-length", "16"),
+    *("--seq-length", "64", "--global-batch-size", "64", "--micro-batch-size", "64", "--lr", "1e-4"),
+)
+"""Options that all runs share: 32 prompts x 8 responses, 8 prompts an optimizer step."""

@@ -1,0 +1,208 @@
+#!/usr/bin/env python3
+"""Train and evaluate every method of the comparison on Countdown, then write its tables and figures.
+
+  python examples/experiments/countdown/run.py --setting quick     # 3 methods, 1 seed: about 10 minutes
+  python examples/experiments/countdown/run.py --setting full      # 16 methods x 5 seeds and a grid: hours
+
+One command, to be repeated after an interruption: finished runs are kept, an unfinished one goes on from its
+newest checkpoint. Each run is `pretrain_siren.py` on one rank with its own vLLM server; `--jobs` of them go
+side by side. Runs, logs and results lie under --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[2]
+sys.path[:0] = [str(REPOSITORY), str(HERE)]
+
+from matrix import GRID, METHODS, SETTINGS, TRAINING, Setting  # noqa: E402
+
+FINISHED = "finished"  # a file in a run's directory: trained and evaluated
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method's name, its options and a seed."""
+
+    name: str
+    options: tuple[str, ...]
+    seed: int
+
+    def directory(self, output: Path) -> Path:
+        return output / "runs" / self.name / f"seed{self.seed}"
+
+
+def cells(setting: Setting, only: Sequence[str] | None) -> list[Cell]:
+    """The runs of a setting, seed by seed, so that an unfinished experiment has whole comparisons."""
+    found = []
+    for seed in range(1, setting.seeds + 1):
+        found += [Cell(name, METHODS[name], seed) for name in setting.methods]
+        if seed <= setting.grid_seeds:
+            found += [Cell(name, options, seed) for name, options in GRID.items()]
+    return [cell for cell in found if only is None or cell.name in only]
+
+
+class Runner:
+    """Runs cells as child processes, and ends those that still run when it is closed."""
+
+    def __init__(self, setting: Setting, checkpoint: Path, output: Path):
+        self.setting, self.checkpoint, self.output = setting, checkpoint, output
+        self.children: set[subprocess.Popen] = set()
+        self.lock, self.closed = threading.Lock(), False
+
+    def run(self, cell: Cell) -> None:
+        """Train and evaluate one cell; nothing is done twice.
+
+        Raises:
+            RuntimeError: a step failed; the message names its log.
+        """
+        directory = cell.directory(self.output)
+        if (directory / FINISHED).exists():
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        train = directory / "train"
+        if not (train / "hf" / "config.json").exists():
+            self._call(self._training(cell, train), directory / "train.log")
+        self._call(self._evaluation(train / "hf", directory / "eval"), directory / "eval.log")
+        shutil.rmtree(train / "checkpoints", ignore_errors=True)  # hf/ holds the policy
+        (directory / FINISHED).touch()
+
+    def _training(self, cell: Cell, train: Path) -> list[str]:
+        setting, data = self.setting, self.checkpoint / "prompts"
+        curve = data / f"curve-{setting.curve_prompts}.jsonl"
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
+            *(str(REPOSITORY / "pretrain_siren.py"), "--hf-checkpoint", str(self.checkpoint)),
+            *("--prompt-data", str(data / "train.jsonl"), "--reward", "countdown", "--seed", str(cell.seed)),
+            *("--num-steps", str(setting.steps), "--save", str(train), "--save-interval", "20"),
+            *("--save-total-limit", "1", *TRAINING, *cell.options),
+            *("--eval-data", str(curve), "--eval-interval", str(setting.curve_interval)),
+            *("--eval-num-samples", str(setting.curve_samples), "--eval-temperature", "1"),
+            *("--eval-top-p", "1"),
+        ]
+        if (train / "checkpoints" / "latest").exists():
+            return [*command, "--load", str(train)]
+        return [*command, "--overwrite"]
+
+    def _evaluation(self, model: Path, output: Path) -> list[str]:
+        data = self.checkpoint / "prompts" / f"eval-{self.setting.eval_prompts}.jsonl"
+        return [
+            *(sys.executable, str(REPOSITORY / "tools" / "evaluate.py"), "--checkpoint", str(model)),
+            *("--data", str(data), "--output", str(output), "--reward", "countdown"),
+            *("--num-samples", str(self.setting.eval_samples), "--max-tokens", "16"),
+            *("--temperature", "1", "--top-p", "1", "--seed", "1234"),
+        ]
+
+    def _call(self, command: list[str], log: Path) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with open(log, "ab") as file:
+            with self.lock:
+                if self.closed:
+                    raise RuntimeError("interrupted")
+                child = subprocess.Popen(
+                    command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                )
+                self.children.add(child)
+            code = child.wait()
+            self.children.discard(child)
+        if code:
+            raise RuntimeError(f"exit code {code}, see {log}")
+
+    def close(self) -> None:
+        """End the children: SIGTERM lets a run save, SIGKILL comes a minute later."""
+        with self.lock:
+            self.closed = True
+            running = list(self.children)
+        for child in running:
+            os.killpg(child.pid, signal.SIGTERM)
+        for child in running:
+            try:
+                child.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+
+
+def prepare(setting: Setting, checkpoint: Path) -> None:
+    """The toy checkpoint, and its held-out prompts cut to the setting's sizes."""
+    tool = REPOSITORY / "tools" / "make_toy_checkpoint.py"
+    subprocess.run([sys.executable, str(tool), "countdown", "--output", str(checkpoint)], check=True)
+    lines = (checkpoint / "prompts" / "eval.jsonl").read_text().splitlines(keepends=True)
+    for kind, count in (("eval", setting.eval_prompts), ("curve", setting.curve_prompts)):
+        (checkpoint / "prompts" / f"{kind}-{count}.jsonl").write_text("".join(lines[:count]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--setting", choices=SETTINGS, default="quick", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help="default: runs/experiments/countdown-SETTING")
+    parser.add_argument("--checkpoint", type=Path, default=REPOSITORY / "runs" / "toy-countdown")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="only these methods")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side; default: %(default)s")
+    args = parser.parse_args(argv)
+    setting = SETTINGS[args.setting]
+    output = args.output or REPOSITORY / "runs" / "experiments" / f"countdown-{args.setting}"
+    known = {cell.name for cell in cells(setting, None)}
+    if unknown := sorted(set(args.only or ()) - known):
+        parser.error(
+            f"--only: {', '.join(unknown)} not in setting {args.setting}: {', '.join(sorted(known))}"
+        )
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    prepare(setting, args.checkpoint)
+    todo = cells(setting, args.only)
+    left = [cell for cell in todo if not (cell.directory(output) / FINISHED).exists()]
+    print(
+        f"{len(todo)} runs, {len(todo) - len(left)} finished before; logs and results: {output}", flush=True
+    )
+    failed = run_all(Runner(setting, args.checkpoint, output), left, args.jobs)
+    from analyse import analyse
+
+    finished: dict[str, list[int]] = {}
+    for cell in cells(setting, None):
+        if (cell.directory(output) / FINISHED).exists():
+            finished.setdefault(cell.name, []).append(cell.seed)
+    for path in analyse(output, finished):
+        print(path)
+    return 1 if failed else 0
+
+
+def run_all(runner: Runner, todo: Sequence[Cell], jobs: int) -> int:
+    """Run the cells, a line for each that ends. Returns how many failed."""
+    start, failed = time.monotonic(), 0
+    pool = ThreadPoolExecutor(jobs)
+    futures = {pool.submit(runner.run, cell): cell for cell in todo}
+    try:
+        for done, future in enumerate(as_completed(futures), 1):
+            cell, error = futures[future], future.exception()
+            failed += error is not None
+            elapsed = time.monotonic() - start
+            left = elapsed / done * (len(todo) - done)
+            state = f"FAILED: {error}" if error else "done"
+            print(
+                f"[{done}/{len(todo)}] {cell.name} seed {cell.seed}: {state}; "
+                f"{elapsed / 60:.1f} min, about {left / 60:.0f} min left",
+                flush=True,
+            )
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        runner.close()
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

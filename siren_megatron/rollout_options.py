@@ -1,0 +1,64 @@
+"""Options of the rollouts and of the vLLM server that makes them. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+from siren_megatron.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions:
+    rollout_batch_size: int = option(32, "prompts of one step", minimum=1)
+    rollout_num_samples: int = option(8, "responses of one prompt (the group)", minimum=1)
+    rollout_max_response_length: int = option(3072, "most tokens of a response", minimum=1)
+    rollout_temperature: float = option(1.0, "sampling temperature", above=0)
+    rollout_max_in_flight: int = option(8, "requests that wait at the server at a time", minimum=1)
+    rollout_kv_cache_mb: int = option(256, "vLLM's KV cache on a CPU, in MiB", minimum=16)
+    rollout_gpu_memory_utilization: float = option(
+        0.5, "share of a GPU's memory that vLLM takes", above=0, maximum=1
+    )
+    rollout_devices: str | None = option(
+        None,
+        "GPUs of the first node that the vLLM server has for itself, such as 4,5,6,7 (its tensor-parallel "
+        "size is their number); default: it shares the first rank's GPU",
+    )
+    rollout_start_timeout: float = option(300.0, "seconds for the server to become ready", above=0)
+    rollout_request_timeout: float = option(600.0, "seconds for one generation request", above=0)
+    rollout_request_retries: int = option(
+        1, "how often a request that ran past its time is sent again before its prompt is dropped", minimum=0
+    )
+    rollout_health_timeout: float = option(
+        20.0, "seconds without an answer to a health check after which vLLM hangs and is killed", above=0
+    )
+    rollout_max_restarts: int = option(
+        3, "how often a vLLM that died or hangs is started again, in the whole run; 0 = never", minimum=0
+    )
+    rollout_host: str = option(
+        "127.0.0.1", "address that vLLM listens on; it always asks for a key, but nothing is encrypted"
+    )
+    rollout_logprob_tolerance: float = option(
+        0.0,
+        "largest mean difference of vLLM's and the trainer's log-probs, in nats, before the run stops; "
+        "0 = 0.01 in float32 and 0.5 in bfloat16",
+        minimum=0,
+    )
+
+
+def check_rollout(options: RolloutOptions) -> None:
+    """Refuse what vLLM could not do, on the machine where it will be started.
+
+    Raises:
+        ValueError: one line that names the option.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    host = options.rollout_host
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((host, 0))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--rollout-host {host!r} is no address of this machine: {error}") from None

@@ -1,0 +1,142 @@
+"""pretrain_siren.py with faults on the way: FAULTS is JSON {"step": "fault"}. See test_chaos.py.
+
+What fails here fails as it would outside: real processes are killed and stopped, a real connection hangs.
+Only where the fault is put, and the NaN, is ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+FAULTS = json.loads(os.environ["FAULTS"])
+
+
+def engine_of(server) -> psutil.Process:
+    processes = psutil.Process(server.pid).children(recursive=True)
+    (engine,) = [p for p in processes if "EngineCore" in " ".join([p.name(), *p.cmdline()])]
+    return engine
+
+
+def api_server_of(server) -> psutil.Process:
+    (api_server,) = psutil.Process(server.pid).children()
+    return api_server
+
+
+def proxy_that_swallows_one(url: str) -> str:
+    """A proxy of url; the first connection is read and never answered."""
+    host, port = url.removeprefix("http://").split(":")
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def pump(source: socket.socket, target: socket.socket | None) -> None:
+        try:
+            while data := source.recv(65536):
+                if target is not None:
+                    target.sendall(data)
+        except OSError:
+            pass
+        for end in (source, target):
+            if end is not None:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)  # close alone would wait for the other thread's recv
+
+    def accept() -> None:
+        first = True
+        while True:
+            client, _ = listener.accept()
+            server = None if first else socket.create_connection((host, int(port)))
+            pumps = [(client, server)] if first else [(client, server), (server, client)]
+            for ends in pumps:
+                threading.Thread(target=pump, args=ends, daemon=True).start()
+            first = False
+
+    threading.Thread(target=accept, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def install_faults() -> None:
+    """Patch the stages of a run; needs the platform, so it comes with the first import of the job."""
+    from siren_megatron import job, rollout, weight_sync
+
+    step_of = {"now": 0}
+    pending = {int(step): fault for step, fault in FAULTS.items()}
+
+    def due(*faults: str) -> str | None:
+        return pending.pop(step_of["now"]) if pending.get(step_of["now"]) in faults else None
+
+    goes_on = job.Job.goes_on
+
+    def counting_goes_on(self) -> bool:
+        step_of["now"] = self.step + 1
+        return goes_on(self)
+
+    job.Job.goes_on = counting_goes_on
+
+    generate = rollout.RolloutClient.generate
+
+    def generate_with_faults(self, prompts, *, on_group=None, **options):
+        # Not the check after a weight update, which is one prompt.
+        fault = due("kill the engine", "stop the engine", "hang a request") if len(prompts) > 1 else None
+        if fault == "hang a request":
+            self.url = proxy_that_swallows_one(self.url)
+
+        def first_group(index, samples):
+            nonlocal fault
+            if fault in ("kill the engine", "stop the engine"):
+                engine_of(self._server).send_signal(
+                    signal.SIGKILL if fault == "kill the engine" else signal.SIGSTOP
+                )
+                fault = None
+            on_group(index, samples)
+
+        return generate(self, prompts, on_group=first_group, **options)
+
+    rollout.RolloutClient.generate = generate_with_faults
+
+    send_chunk = weight_sync.WeightPublisher._send_chunk
+
+    def send_chunk_with_faults(self, chunk, size):
+        if due("kill the API server in an update"):
+            api_server_of(self._server).send_signal(signal.SIGKILL)
+        send_chunk(self, chunk, size)
+
+    weight_sync.WeightPublisher._send_chunk = send_chunk_with_faults
+
+    compute_advantages = job.Job.compute_advantages
+
+    def advantages_with_faults(self, batch):
+        batch = compute_advantages(self, batch)
+        if not due("not a number"):
+            return batch
+        advantages = batch.token_advantages.clone()
+        advantages[-1] = math.nan
+        return batch.replace(token_advantages=advantages)
+
+    job.Job.compute_advantages = advantages_with_faults
+
+
+if __name__ == "__main__":
+    import pretrain_siren
+    from siren_megatron import platform
+
+    install = platform.install
+
+    def install_all(*arguments):
+        result = install(*arguments)
+        install_faults()
+        return result
+
+    platform.install = install_all
+    pretrain_siren.main()

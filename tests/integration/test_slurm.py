@@ -1,0 +1,201 @@
+"""examples/run_siren_7b_tp4.sh on a real SLURM of two nodes, with a toy checkpoint on CPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+
+from siren_megatron.metrics import read_metrics
+from tests.integration.jobs import REPOSITORY, processes_mentioning, wait_until
+from tests.integration.slurm_cluster import Cluster, missing_reason, running
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
+SCRIPT = REPOSITORY / "examples" / "run_siren_7b_tp4.sh"
+TOY = """--reward countdown --rollout-batch-size 8 --rollout-num-samples 4 --rollout-max-response-length 16
+--seq-length 64 --global-batch-size 16 --max-tokens-per-microbatch 128 --lr 1e-4 --entropy-coeff 0.1
+--distributed-timeout-minutes 3""".split()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    reason = missing_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    # Not tmp_path: munge's socket has to fit into the length of a socket's name.
+    with tempfile.TemporaryDirectory(prefix="siren-slurm-") as directory:
+        with running(Path(directory)) as cluster:
+            yield cluster
+        assert not cluster.processes, "the daemons ended"
+        assert not processes_mentioning(directory)
+
+
+@pytest.fixture(scope="module")
+def toy_checkpoint():
+    checkpoint = REPOSITORY / "runs" / "toy-countdown"
+    tool = REPOSITORY / "tools" / "make_toy_checkpoint.py"
+    subprocess.run([sys.executable, tool, "countdown", "--output", checkpoint], check=True, timeout=500)
+    return checkpoint
+
+
+def variables(checkpoint: Path, run: Path, **more: object) -> dict[str, str]:
+    values = {
+        "HF_CHECKPOINT": checkpoint,
+        "PROMPT_DATA": checkpoint / "prompts" / "train.jsonl",
+        "RUN_DIR": run,
+        "PYTHON": sys.executable,
+        "GPUS_PER_NODE": 0,
+        "NODES": 2,
+        "SAVE_INTERVAL": 1,
+        "OMP_NUM_THREADS": 1,
+        **more,
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def output(cluster: Cluster, job: int, path: Path) -> str:
+    text = path.read_text(errors="replace") if path.exists() else "(no output)"
+    return f"{cluster.job(job)}\n{text[-6000:]}{cluster.logs()}"
+
+
+def wait_for_end(cluster: Cluster, job: int, log: Path, timeout: float = 300) -> None:
+    """Until the job is completed; fails at once where it failed."""
+
+    def ended() -> bool:
+        state = cluster.job(job)["JobState"]
+        assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "COMPLETED", "REQUEUED"), output(
+            cluster, job, log
+        )
+        return state == "COMPLETED"
+
+    try:
+        wait_until(ended, timeout, f"job {job}")
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{output(cluster, job, log)}") from None
+
+
+def submit_two_replicas(cluster: Cluster, checkpoint: Path, run: Path, log: Path, **more: object) -> int:
+    """`sbatch SCRIPT` with a data-parallel rank on each node; the job's number."""
+    command = ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=0", "--output", str(log), str(SCRIPT)]
+    return int(cluster.run(*command, *TOY, **variables(checkpoint, run, TP=1, **more)).stdout)
+
+
+def start_again(cluster: Cluster, job: int, restarts: int) -> None:
+    """Wait until SLURM has requeued the job, and spare it the two minutes that SLURM then lets pass."""
+
+    def requeued() -> bool:
+        state = cluster.job(job)
+        return int(state["Restarts"]) == restarts and state["JobState"] in ("PENDING", "RUNNING")
+
+    wait_until(requeued, 120, "requeueing")
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+
+
+def attempts(run: Path) -> list[list[str]]:
+    """The words of each line of attempts.txt."""
+    return [line.split() for line in (run / "logs" / "attempts.txt").read_text().splitlines()]
+
+
+def check_whole_run(cluster: Cluster, run: Path, steps: int) -> None:
+    rows = read_metrics(run / "train" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert len({row["siren/entropy_anchor"] for row in rows}) == 1, "the anchor is kept, not measured again"
+    for row in rows:
+        assert row["rollout_logprob_diff"] < 1e-4, "vLLM has the trainer's weights, resumed ones too"
+        assert row["grad_norm"] > 0
+    assert (run / "train" / "hf" / "model.safetensors").stat().st_size > 1_000_000
+    assert not processes_mentioning(str(run)), "nothing of any attempt is left"
+
+
+def test_a_layer_cut_over_two_nodes_survives_a_killed_step_and_a_lost_node(cluster, toy_checkpoint, tmp_path):
+    """`bash SCRIPT` submits itself. A node's processes are killed, then SLURM is told that a node is down."""
+    run, steps = tmp_path / "run", 8
+    submitted = cluster.run(
+        "bash", str(SCRIPT), *TOY, **variables(toy_checkpoint, run, TP=2, NUM_STEPS=steps)
+    ).stdout
+    assert "node 1: CPU: trainer rank 1" in submitted and "verdict    it fits" in submitted
+    job = int(re.search(r"submitted: job (\d+)", submitted)[1])
+    log = run / "logs" / f"job-{job}.out"
+    pointer = run / "train" / "checkpoints" / "latest"
+    wait_until(pointer.exists, 180, f"a checkpoint of {output(cluster, job, log)}")
+    killed = 0
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            environment = process.environ()
+            if environment.get("SLURM_JOB_ID") == str(job) and environment.get("SLURMD_NODENAME") == "n2":
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+    assert killed >= 2, "torchrun and its rank ran on the second node"
+    start_again(cluster, job, restarts=1)
+    saved = pointer.read_text()
+    wait_until(lambda: pointer.read_text() != saved, 180, f"a step of the next attempt {saved}")
+    # To SLURM this is a node that failed: the job is requeued without a word of the script.
+    cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    wait_until(lambda: cluster.job(job)["Restarts"] == "2", 60, "requeueing by SLURM")
+    cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)  # unless it is back
+    start_again(cluster, job, restarts=2)
+    wait_for_end(cluster, job, log)
+    assert cluster.job(job)["NodeList"] == "n[1-2]"
+    first, *_, last = attempts(run)
+    reached = int(first[5])
+    assert first[1] == f"{job}.0" and 1 <= reached < steps
+    assert last[1] == f"{job}.2" and reached < int(last[3]) < steps and last[5] == str(steps)
+    text = log.read_text()
+    assert f"requeued: the next attempt goes on from step {reached}" in text
+    assert f"finished: step {steps} of {steps}" in text and f"done: step {steps} of {steps}" in text
+    # Each node keeps the words of its rank; those of rank 0 are the job's output as well.
+    for attempt in (f"{job}.0", f"{job}.2"):
+        nodes = [run / "logs" / attempt / node for node in ("node0", "node1")]
+        assert [len(list(node.rglob("stdout.log"))) for node in nodes] == [1, 1]
+    assert (run / "train" / "vllm.log").is_file()
+    check_whole_run(cluster, run, steps)
+
+
+@pytest.mark.skipif(
+    not (REPOSITORY / "siren_megatron" / "signals.py").exists(), reason="this version's runs hear no signals"
+)
+def test_a_warned_run_saves_and_goes_on_after_requeueing(cluster, toy_checkpoint, tmp_path):
+    """SIGUSR1 to the script, as SLURM sends it before the time limit; nothing else saves this run."""
+    run, log, steps = tmp_path / "run", tmp_path / "job.out", 12
+    job = submit_two_replicas(cluster, toy_checkpoint, run, log, NUM_STEPS=steps, SAVE_INTERVAL=1000)
+    metrics = run / "train" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and read_metrics(metrics), 180, "the first step")
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    start_again(cluster, job, restarts=1)
+    wait_for_end(cluster, job, log)
+    first, last = attempts(run)
+    assert first[-1] == "warned" and first[9] == "0" and 1 <= int(first[5]) < steps, first
+    assert last[3:8:2] == [first[5], str(steps), str(steps)], last
+    check_whole_run(cluster, run, steps)
+
+
+def test_a_cancelled_job_is_not_requeued(cluster, toy_checkpoint, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "job.out"
+    job = submit_two_replicas(cluster, toy_checkpoint, run, log, NUM_STEPS=1000)
+    wait_until((run / "train" / "vllm.log").exists, 120, f"the run {output(cluster, job, log)}")
+    cluster.run("scancel", str(job))
+    wait_until(lambda: not cluster.run("squeue", "-h").stdout, 60, "the end of the job")
+    assert cluster.job(job)["JobState"] == "CANCELLED" and cluster.job(job)["Restarts"] == "0"
+    wait_until(lambda: not processes_mentioning(str(run)), 30, "every process of the run ended")
+
+
+def test_a_wrong_option_ends_the_job_before_it_takes_the_machines(cluster, toy_checkpoint, tmp_path):
+    done = cluster.run(
+        "bash",
+        str(SCRIPT),
+        *TOY,
+        "--lr",
+        "-1",
+        check=False,
+        **variables(toy_checkpoint, tmp_path / "run", TP=2),
+    )
+    assert done.returncode == 2 and "--lr must be greater than 0" in done.stderr
+    assert not cluster.run("squeue", "-h").stdout
+    assert not (tmp_path / "run").exists()
