@@ -40,8 +40,8 @@ def main() -> None:
     platform.init_process_group(device, 600)
     from megatron.core import dist_checkpointing
 
-    from siren_megatron import checkpoint
     from siren_megatron.batch import make_batch
+    from siren_megatron.checkpointing import checkpoint
     from siren_megatron.config import read_hf_config
     from siren_megatron.trainer import Trainer, initialize_model_parallel
     from tests.checkpoints import make_random_checkpoint

@@ -23,8 +23,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from siren_megatron.evaluation_report import write_text  # noqa: E402
-from siren_megatron.rewards import RewardPool  # noqa: E402
+from siren_megatron.evaluation.results import write_text  # noqa: E402
+from siren_megatron.rewards.functions import RewardPool  # noqa: E402
 
 TABLES = ("grading", "grading_held_out", "grading_held_out_2", "grading_held_out_3")
 HANGING = (

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from siren_megatron import checkpoint_files
 from siren_megatron.architecture import Architecture, Layout
-from siren_megatron.data_options import DataOptions, check_data
-from siren_megatron.evaluation_options import EvaluationOptions, check_evaluation
+from siren_megatron.checkpointing import files as checkpoint_files
+from siren_megatron.data.options import DataOptions, check_data
+from siren_megatron.evaluation.options import EvaluationOptions, check_evaluation
 from siren_megatron.method_options import CorrectionOptions, EntropyOptions, GrpoOptions, check_methods
 from siren_megatron.options import REQUIRED, flag, option
-from siren_megatron.placement import parse_devices
-from siren_megatron.rollout_options import RolloutOptions, check_rollout
+from siren_megatron.rollout.options import RolloutOptions, check_rollout
+from siren_megatron.rollout.placement import parse_devices
 
 
 @dataclass(frozen=True, kw_only=True)

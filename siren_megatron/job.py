@@ -17,28 +17,28 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from siren_megatron import random_states
 from siren_megatron.advantages import assign_advantages
 from siren_megatron.batch import Sample, TrainBatch, broadcast_batch, make_batch
-from siren_megatron.checkpoint import CheckpointSaver, LoadedRun, SaveError, load_checkpoint
+from siren_megatron.checkpointing import random_states
+from siren_megatron.checkpointing.checkpoint import CheckpointSaver, LoadedRun, SaveError, load_checkpoint
 from siren_megatron.config import Config, read_hf_config
 from siren_megatron.control import Control, another_rank_failed, mark_failed
+from siren_megatron.data.prompts import Prompt, load_data_tokenizer, load_dataset, make_cursor
+from siren_megatron.data.tokenizer import replace_tokenizer_files
 from siren_megatron.dynamic_sampling import refill
+from siren_megatron.evaluation.during_training import TrainingEvaluation
 from siren_megatron.metrics import MetricsLogger, StageTimer
 from siren_megatron.nonfinite import NonFiniteError
 from siren_megatron.platform import Platform, init_process_group
-from siren_megatron.policy_check import check_logprobs
-from siren_megatron.prompts import Prompt, load_data_tokenizer, load_dataset, make_cursor
-from siren_megatron.redraw import sample_with_redraws
-from siren_megatron.reward_pool import RewardPool, RewardPoolError
-from siren_megatron.rollout import RolloutError
-from siren_megatron.rollout_service import RolloutService, server_options
+from siren_megatron.rewards.pool import RewardPool, RewardPoolError
+from siren_megatron.rollout.client import RolloutError
+from siren_megatron.rollout.policy_check import check_logprobs
+from siren_megatron.rollout.redraw import sample_with_redraws
+from siren_megatron.rollout.service import RolloutService, server_options
+from siren_megatron.rollout.weight_sync import WeightSyncError
 from siren_megatron.signals import StopSignals, describe
 from siren_megatron.token_record import TokenRecorder
-from siren_megatron.tokenizer import replace_tokenizer_files
 from siren_megatron.trainer import Trainer, initialize_model_parallel
-from siren_megatron.training_evaluation import TrainingEvaluation
-from siren_megatron.weight_sync import WeightSyncError
 
 CHECK_TOKENS = 8
 """Response tokens that vLLM and the trainer compare after each weight update."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from siren_megatron.batch import TrainBatch
 from siren_megatron.config import Config
-from siren_megatron.prompts import Prompt
+from siren_megatron.data.prompts import Prompt
 from siren_megatron.report.records import RECORD_NAME, TOP_TOKENS, read_lines
 from siren_megatron.siren import masked_entropy, peak_entropy_mask
 

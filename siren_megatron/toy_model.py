@@ -1,6 +1,6 @@
 """Small Qwen2 models in the Hugging Face format: tokenizers, random weights and a task's warm-up.
 
-A task is a module of the shape of :mod:`siren_megatron.countdown`, as :mod:`siren_megatron.rewrite` is.
+A task is a module of the shape of :mod:`siren_megatron.rewards.countdown`; ``rewards.rewrite`` is another.
 
 `tools/make_toy_checkpoint.py` builds checkpoints of these; the program reads them as any other checkpoint.
 Legend: B = sequences of a batch, P = tokens of a prompt (Countdown: 7), R = of a response with its end (11).
@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.utils import logging
 
-from siren_megatron.countdown import END_OF_TEXT
+from siren_megatron.rewards.countdown import END_OF_TEXT
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 # Qwen2.5-Math's, without tools.

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from siren_megatron.evaluate_command import check_options, run  # noqa: E402
+from siren_megatron.evaluation.command import check_options, run  # noqa: E402
 
 
 class _OneLineParser(argparse.ArgumentParser):

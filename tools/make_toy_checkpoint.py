@@ -25,8 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from siren_megatron import countdown, rewrite  # noqa: E402
-from siren_megatron.prompts import data_fingerprint, read_jsonl_field  # noqa: E402
+from siren_megatron.data.prompts import data_fingerprint, read_jsonl_field  # noqa: E402
+from siren_megatron.rewards import countdown, rewrite  # noqa: E402
 
 RECIPE_FILE = "toy_checkpoint.json"
 RECIPE_VERSION = 3

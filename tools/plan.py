@@ -21,12 +21,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from siren_megatron.config import Config, build_parser, read_hf_config  # noqa: E402
-from siren_megatron.hardware import GPUS, find_gpu  # noqa: E402
-from siren_megatron.known_models import KNOWN_MODELS  # noqa: E402
-from siren_megatron.plan import Cluster, Lengths, make_plan  # noqa: E402
-from siren_megatron.published import comparison_text  # noqa: E402
-from siren_megatron.scale import scale_text  # noqa: E402
-from siren_megatron.time_model import ASSUMPTIONS  # noqa: E402
+from siren_megatron.planning.hardware import GPUS, find_gpu  # noqa: E402
+from siren_megatron.planning.known_models import KNOWN_MODELS  # noqa: E402
+from siren_megatron.planning.plan import Cluster, Lengths, make_plan  # noqa: E402
+from siren_megatron.planning.published import comparison_text  # noqa: E402
+from siren_megatron.planning.scale import scale_text  # noqa: E402
+from siren_megatron.planning.time_model import ASSUMPTIONS  # noqa: E402
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,7 +2,7 @@
 
 The one grader of the program: the reward ``math``, `tools/evaluate.py` and the evaluation during training.
 Model text is data here: it is searched and parsed by grammars, never evaluated as code. It may still be made
-to take long, so it is graded in the processes of :class:`siren_megatron.reward_pool.RewardPool`.
+to take long, so it is graded in the processes of :class:`siren_megatron.rewards.pool.RewardPool`.
 """
 
 from siren_megatron.grading.equivalence import equivalent

@@ -1,4 +1,4 @@
-"""What a real trainer holds on each rank: for comparison with siren_megatron.memory_model."""
+"""What a real trainer holds on each rank: for comparison with siren_megatron.planning.memory_model."""
 
 from __future__ import annotations
 

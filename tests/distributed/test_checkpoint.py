@@ -44,7 +44,7 @@ def finish(trainer, batch):
 
 def save_and_go_on(rank, world_size, checkpoint, directory, options):
     trainer, batch = build(checkpoint, options)
-    from siren_megatron.checkpoint import CheckpointSaver
+    from siren_megatron.checkpointing.checkpoint import CheckpointSaver
 
     batch = trainer.compute_logprobs(batch)
     trainer.update(batch, ANCHOR)
@@ -54,7 +54,7 @@ def save_and_go_on(rank, world_size, checkpoint, directory, options):
 
 
 def load_and_go_on(rank, world_size, checkpoint, directory, layouts, saved_with):
-    from siren_megatron.checkpoint import load_checkpoint
+    from siren_megatron.checkpointing.checkpoint import load_checkpoint
 
     results = []
     for options in layouts:

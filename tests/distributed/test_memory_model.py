@@ -6,7 +6,7 @@ import pytest
 
 from siren_megatron.architecture import Architecture
 from siren_megatron.config import read_hf_config
-from siren_megatron.memory_model import layer_activation_bytes, state_bytes
+from siren_megatron.planning.memory_model import layer_activation_bytes, state_bytes
 from tests.checkpoints import make_random_checkpoint
 from tests.distributed.launch import run_ranks
 from tests.distributed.layouts import Layout, config_of

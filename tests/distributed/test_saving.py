@@ -59,7 +59,7 @@ def save_and_load(rank, world_size, checkpoint, directory, disk):
 
 
 def keep_two(trainer, directory):
-    from siren_megatron.checkpoint import CheckpointSaver
+    from siren_megatron.checkpointing.checkpoint import CheckpointSaver
 
     saver = CheckpointSaver(directory, trainer, total_limit=2)
     seen = []
@@ -73,8 +73,8 @@ def keep_two(trainer, directory):
 def random_states_return(rank, trainer, directory):
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    from siren_megatron import random_states
-    from siren_megatron.checkpoint import CheckpointSaver, load_checkpoint
+    from siren_megatron.checkpointing import random_states
+    from siren_megatron.checkpointing.checkpoint import CheckpointSaver, load_checkpoint
 
     random.seed(rank), np.random.seed(rank), torch.manual_seed(rank)
     draw()  # a second normal number waits in Python's and in NumPy's generator
@@ -97,8 +97,8 @@ def random_states_return(rank, trainer, directory):
 
 
 def save_in_background(rank, trainer, batch, directory):
-    from siren_megatron import checkpoint_writer
-    from siren_megatron.checkpoint import CheckpointSaver, load_checkpoint
+    from siren_megatron.checkpointing import writer as checkpoint_writer
+    from siren_megatron.checkpointing.checkpoint import CheckpointSaver, load_checkpoint
 
     write, gate = checkpoint_writer._write, directory / "gate"
     directory.mkdir(exist_ok=True)
@@ -135,8 +135,8 @@ def save_in_background(rank, trainer, batch, directory):
 
 
 def kill_the_writer(rank, trainer, directory):
-    from siren_megatron import checkpoint_writer
-    from siren_megatron.checkpoint import CheckpointSaver, SaveError
+    from siren_megatron.checkpointing import writer as checkpoint_writer
+    from siren_megatron.checkpointing.checkpoint import CheckpointSaver, SaveError
 
     write = checkpoint_writer._write
     if rank == 1:
@@ -151,8 +151,8 @@ def kill_the_writer(rank, trainer, directory):
 
 
 def fill_the_disk(rank, trainer, disk):
-    from siren_megatron import checkpoint_files
-    from siren_megatron.checkpoint import CheckpointSaver, SaveError, load_checkpoint
+    from siren_megatron.checkpointing import files as checkpoint_files
+    from siren_megatron.checkpointing.checkpoint import CheckpointSaver, SaveError, load_checkpoint
 
     def leave(free):
         """Fill the disk but for so many bytes; limit the size of files where there is no small disk."""
@@ -292,7 +292,7 @@ def choose(rank, world_size, directories):
     from siren_megatron import platform
 
     platform.install()
-    from siren_megatron.checkpoint import choose_checkpoint
+    from siren_megatron.checkpointing.checkpoint import choose_checkpoint
     from siren_megatron.conversion.live import load_megatron_weights
 
     results = {}
@@ -323,7 +323,7 @@ def cut(path: Path) -> None:
 
 def replace(newest: Path, name: str, content: bytes) -> None:
     """Put a file into a checkpoint, and its checksum into the manifest, as an attacker would."""
-    from siren_megatron import checkpoint_files
+    from siren_megatron.checkpointing import files as checkpoint_files
 
     (newest / name).write_bytes(content)
     manifest = json.loads((newest / "manifest.json").read_text())

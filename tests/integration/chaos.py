@@ -68,7 +68,9 @@ def proxy_that_swallows(count: int, url: str) -> str:
 
 def install_faults() -> None:
     """Patch the stages of a run; needs the platform, so it comes with the first import of the job."""
-    from siren_megatron import job, rollout, weight_sync
+    from siren_megatron import job
+    from siren_megatron.rollout import client as rollout
+    from siren_megatron.rollout import weight_sync
 
     step_of = {"now": 0}
     pending = {int(step): fault for step, fault in FAULTS.items()}

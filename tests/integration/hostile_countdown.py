@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 
-from siren_megatron.rewards import countdown_reward
+from siren_megatron.rewards.functions import countdown_reward
 
 
 def grade(response: str, answer: str) -> float:

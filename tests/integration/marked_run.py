@@ -26,7 +26,7 @@ def main() -> None:
     from siren_megatron import platform
 
     platform.install()
-    from siren_megatron import checkpoint_writer
+    from siren_megatron.checkpointing import writer as checkpoint_writer
     from siren_megatron.job import Job
     from siren_megatron.trainer import Trainer
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from siren_megatron.vllm_server import choose_port
+from siren_megatron.rollout.server import choose_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 

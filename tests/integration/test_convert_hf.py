@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from siren_megatron.rollout import RolloutClient, RolloutServer, ServerOptions
+from siren_megatron.rollout.client import RolloutClient, RolloutServer, ServerOptions
 from tests.checkpoints import make_random_checkpoint
 
 TOOL = "tools/convert_hf.py"

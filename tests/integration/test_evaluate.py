@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from siren_megatron.rollout import RolloutServer, ServerOptions
+from siren_megatron.rollout.client import RolloutServer, ServerOptions
 from tests.integration.jobs import REPOSITORY, wait_until
 from tools import evaluate
 from tools.convert_hf import main as convert

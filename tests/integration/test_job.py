@@ -102,7 +102,7 @@ def megatron_greedy(rank, world_size, save, checkpoint, prompts, max_tokens):
     from siren_megatron import platform
 
     device = platform.install()
-    from siren_megatron.checkpoint import load_checkpoint
+    from siren_megatron.checkpointing.checkpoint import load_checkpoint
     from siren_megatron.config import Config, read_hf_config
     from siren_megatron.trainer import Trainer, initialize_model_parallel
 
@@ -243,7 +243,7 @@ def test_killing_vllm_ends_a_job_without_restarts_with_one_clear_line(toy_checkp
             lambda: (save / "metrics.jsonl").exists() and read_metrics(save / "metrics.jsonl"), 180, "step"
         )
         rank0 = trainer_ranks(psutil.Process(job.pid))[0]
-        launchers = [p for p in rank0.children() if "siren_megatron.vllm_launcher" in p.cmdline()]
+        launchers = [p for p in rank0.children() if "siren_megatron.rollout.vllm_launcher" in p.cmdline()]
         assert len(launchers) == 1
         victims = launchers[0].children(recursive=True)
         os.kill(victims[-1].pid, signal.SIGKILL)

@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from siren_megatron.http_json import http_json
-from siren_megatron.rollout import RolloutClient, RolloutError, RolloutServer, ServerOptions
-from siren_megatron.weight_sync import WeightPublisher, WeightSyncError
+from siren_megatron.rollout.client import RolloutClient, RolloutError, RolloutServer, ServerOptions
+from siren_megatron.rollout.http_json import http_json
+from siren_megatron.rollout.weight_sync import WeightPublisher, WeightSyncError
 
 pytestmark = pytest.mark.vllm
 
@@ -323,7 +323,7 @@ def test_after_a_failed_update_the_next_one_puts_it_right(served, fault, monkeyp
     else:
         # The worker itself fails: this is vLLM's own error path.
         monkeypatch.setattr(
-            "siren_megatron.weight_sync.save_file", lambda chunk, path: path.write_bytes(b"x")
+            "siren_megatron.rollout.weight_sync.save_file", lambda chunk, path: path.write_bytes(b"x")
         )
         with pytest.raises(WeightSyncError, match=r"/update_weights failed: HTTP 500"):
             served.publisher.update(iter(tensors.items()))
@@ -378,7 +378,7 @@ def test_a_killed_trainer_leaves_no_vllm_behind(tmp_path):
         f"""
         import json, os
         from pathlib import Path
-        from siren_megatron.rollout import RolloutClient, RolloutServer, ServerOptions
+        from siren_megatron.rollout.client import RolloutClient, RolloutServer, ServerOptions
 
         directory = Path({str(tmp_path)!r})
         server = RolloutServer.start(ServerOptions(

@@ -11,8 +11,8 @@ import torch
 from siren_megatron.architecture import Architecture
 from siren_megatron.batch import Sample, make_batch
 from siren_megatron.config import read_hf_config
-from siren_megatron.known_models import KNOWN_MODELS
-from siren_megatron.memory_model import activation_bytes, logit_bytes, state_bytes
+from siren_megatron.planning.known_models import KNOWN_MODELS
+from siren_megatron.planning.memory_model import activation_bytes, logit_bytes, state_bytes
 from tests.distributed.launch import run_ranks
 from tests.distributed.layouts import GROUP_SIZE, Layout, config_of
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siren_megatron import checkpoint_files as files
+from siren_megatron.checkpointing import files
 
 
 def make(directory: Path, *steps: int, latest: str | None = None) -> Path:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siren_megatron.countdown import (
+from siren_megatron.rewards.countdown import (
     END_OF_TEXT,
     VOCABULARY,
     Instance,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from siren_megatron.config import Config, build_parser
-from siren_megatron.data_options import DataOptions, check_data, check_reward_function
+from siren_megatron.data.options import DataOptions, check_data, check_reward_function
 from tests.checkpoints import write_prompts
 
 

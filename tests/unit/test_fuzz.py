@@ -11,13 +11,13 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from siren_megatron import countdown
 from siren_megatron.architecture import Architecture
 from siren_megatron.config import read_hf_config
 from siren_megatron.conversion.files import HfReader
-from siren_megatron.prompt_files import validate_prompt_file
-from siren_megatron.rewards import RewardPool, countdown_reward, exact_reward, extract_final_answer
-from siren_megatron.tokenizer import load_tokenizer
+from siren_megatron.data.prompt_files import validate_prompt_file
+from siren_megatron.data.tokenizer import load_tokenizer
+from siren_megatron.rewards import countdown
+from siren_megatron.rewards.functions import RewardPool, countdown_reward, exact_reward, extract_final_answer
 
 FILES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 JSON = st.recursive(
@@ -102,7 +102,7 @@ def test_a_broken_chat_template_is_one_line(tmp_path, template):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from siren_megatron.prompts import load_prompts
+    from siren_megatron.data.prompts import load_prompts
 
     plain = Tokenizer(models.WordLevel({"<eos>": 0, "?": 1}, unk_token="?"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", unk_token="?")

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from siren_megatron.evaluate_command import find_checkpoint
-from siren_megatron.evaluation_report import summarise, write_files
-from siren_megatron.graded import GradedProblem, Grader, Problem
-from siren_megatron.sample_files import SampleWriter, read_samples
+from siren_megatron.evaluation.command import find_checkpoint
+from siren_megatron.evaluation.graded import GradedProblem, Grader, Problem
+from siren_megatron.evaluation.results import summarise, write_files
+from siren_megatron.evaluation.sample_files import SampleWriter, read_samples
 from tools import evaluate
 
 BOXED = r"So \boxed{%s}."

@@ -15,7 +15,7 @@ from siren_megatron.grading import equivalent, extract_final_answer, grade, kind
 from siren_megatron.grading.expression import NotArithmetic, parse_expression
 from siren_megatron.grading.leaves import same_by_math_verify
 from siren_megatron.grading.time_limit import OutOfTime, cpu_time_limit
-from siren_megatron.rewards import math_reward
+from siren_megatron.rewards.functions import math_reward
 
 TABLES = ("grading", "grading_held_out", "grading_held_out_2", "grading_held_out_3")
 DATA = Path(__file__).resolve().parents[1] / "data"

@@ -9,8 +9,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from siren_megatron.diversity import distinct_ngrams
-from siren_megatron.passk import bootstrap_interval, ks_to_show, majority_at_k, pass_at_k, pass_curve
+from siren_megatron.evaluation.diversity import distinct_ngrams
+from siren_megatron.evaluation.passk import (
+    bootstrap_interval,
+    ks_to_show,
+    majority_at_k,
+    pass_at_k,
+    pass_curve,
+)
 
 
 @pytest.mark.parametrize(("n", "c"), [(1, 0), (1, 1), (6, 0), (6, 2), (7, 3), (6, 6)])

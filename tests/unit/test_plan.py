@@ -12,20 +12,25 @@ import torch
 
 from siren_megatron.architecture import Architecture
 from siren_megatron.config import Config, ParallelOptions
-from siren_megatron.hardware import GIB, GPUS, find_gpu
-from siren_megatron.known_models import KNOWN_MODELS
-from siren_megatron.memory_model import (
+from siren_megatron.planning.hardware import GIB, GPUS, find_gpu
+from siren_megatron.planning.known_models import KNOWN_MODELS
+from siren_megatron.planning.memory_model import (
     active_parameters,
     kv_cache_bytes_per_token,
     parameter_counts,
     state_bytes,
     total_parameters,
 )
-from siren_megatron.placement import parse_devices, server_devices
-from siren_megatron.plan import Cluster, Lengths, make_plan
-from siren_megatron.published import FIGURES, speed_ratio
-from siren_megatron.scale import best_layout
-from siren_megatron.time_model import ASSUMPTIONS, decode_seconds, forward_flops_per_token, response_lengths
+from siren_megatron.planning.plan import Cluster, Lengths, make_plan
+from siren_megatron.planning.published import FIGURES, speed_ratio
+from siren_megatron.planning.scale import best_layout
+from siren_megatron.planning.time_model import (
+    ASSUMPTIONS,
+    decode_seconds,
+    forward_flops_per_token,
+    response_lengths,
+)
+from siren_megatron.rollout.placement import parse_devices, server_devices
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"

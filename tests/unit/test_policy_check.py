@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from siren_megatron.policy_check import check_logprobs
-from siren_megatron.rollout import RolloutError
+from siren_megatron.rollout.client import RolloutError
+from siren_megatron.rollout.policy_check import check_logprobs
 
 HOW = {"tolerance": 0.1, "step": 3, "when": "rollout"}
 MASK = torch.tensor([[True, True, False]])

@@ -16,7 +16,7 @@ from pyarrow import parquet as pyarrow_parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from siren_megatron.prompts import (
+from siren_megatron.data.prompts import (
     MixtureCursor,
     PromptCursor,
     data_fingerprint,
@@ -309,7 +309,7 @@ def test_a_tokenizer_file_is_taken_as_it_is(tokenizer, tmp_path):
 def test_checking_a_file_imports_nothing_heavy(write):
     path = write({"problem": "w1", "answer": "1"})
     code = (
-        "import sys; from siren_megatron.prompts import validate_prompt_file; "
+        "import sys; from siren_megatron.data.prompts import validate_prompt_file; "
         f"validate_prompt_file({str(path)!r}); "
         "print([m for m in ('torch', 'transformers', 'tokenizers', 'numpy') if m in sys.modules])"
     )

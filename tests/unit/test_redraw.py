@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from siren_megatron.redraw import MAX_REDRAWS, sample_with_redraws
-from siren_megatron.rollout import RolloutError
+from siren_megatron.rollout.client import RolloutError
+from siren_megatron.rollout.redraw import MAX_REDRAWS, sample_with_redraws
 
 
 def run(slow, prompts):

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from siren_megatron.rewards import (
+from siren_megatron.rewards.functions import (
     REWARDS,
     RewardPool,
     RewardResult,
@@ -361,7 +361,7 @@ def test_a_supervisor_that_keeps_dying_is_given_up(tmp_path):
 
 CHILD = """
 import sys
-from siren_megatron.rewards import RewardPool
+from siren_megatron.rewards.functions import RewardPool
 pool = RewardPool("tests.unit.hostile_rewards:act", num_workers=2, time_limit_s=600)
 pool.submit([("loop", ""), ("loop", "")])
 print(pool.supervisor_pid, flush=True)

@@ -8,9 +8,9 @@ from itertools import product
 
 import pytest
 
-from siren_megatron import rewrite
-from siren_megatron.rewards import REWARDS
-from siren_megatron.rewrite import Instance
+from siren_megatron.rewards import rewrite
+from siren_megatron.rewards.functions import REWARDS
+from siren_megatron.rewards.rewrite import Instance
 
 # a c b d: swap -> c a b d, and so on, by hand
 SWAPS = "swap c a b d cross c b a d mirror d a b c"

@@ -14,11 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from siren_megatron import weight_sync
 from siren_megatron.batch import Sample
-from siren_megatron.http_json import error_text, http_json
-from siren_megatron.rollout import RolloutClient, RolloutError, parse_completion, prompt_seed
-from siren_megatron.weight_sync import WeightPublisher, WeightSyncError, checkpoint_shapes
+from siren_megatron.rollout import weight_sync
+from siren_megatron.rollout.client import RolloutClient, RolloutError, parse_completion, prompt_seed
+from siren_megatron.rollout.http_json import error_text, http_json
+from siren_megatron.rollout.weight_sync import WeightPublisher, WeightSyncError, checkpoint_shapes
 
 ARGUMENTS = dict(num_samples=1, max_tokens=4, temperature=1.0, seed=0, stop_token_ids=[])
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from siren_megatron.http_json import http_json
-from siren_megatron.rollout import RolloutError, RolloutServer, ServerOptions
-from siren_megatron.vllm_command import server_arguments, server_environment
-from siren_megatron.vllm_health import HealthMonitor, stopped_process
-from siren_megatron.vllm_launcher import describe_status
-from siren_megatron.vllm_server import choose_port, make_transfer_dir
+from siren_megatron.rollout.client import RolloutError, RolloutServer, ServerOptions
+from siren_megatron.rollout.health import HealthMonitor, stopped_process
+from siren_megatron.rollout.http_json import http_json
+from siren_megatron.rollout.server import choose_port, make_transfer_dir
+from siren_megatron.rollout.vllm_command import server_arguments, server_environment
+from siren_megatron.rollout.vllm_launcher import describe_status
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -131,7 +131,7 @@ def test_arguments_on_a_cpu(checkpoint):
     assert value["--generation-config"] == "vllm"
     assert value["--kv-cache-memory-bytes"] == str(256 * 2**20)
     assert json.loads(value["--weight-transfer-config"]) == {"backend": "siren_shared_memory"}
-    assert value["--middleware"] == "siren_megatron.vllm_auth.RequireKey"
+    assert value["--middleware"] == "siren_megatron.rollout.auth.RequireKey"
     assert value["--load-format"] == "safetensors"
     assert "--api-key" not in arguments and "--trust-remote-code" not in arguments
     assert "--enforce-eager" in arguments
@@ -344,7 +344,7 @@ def test_a_killed_parent_takes_the_server_along(make_options, tmp_path, with_sib
         f"""
         import os, time
         from pathlib import Path
-        from siren_megatron.rollout import RolloutServer, ServerOptions
+        from siren_megatron.rollout.client import RolloutServer, ServerOptions
 
         server = RolloutServer.start(ServerOptions(
             model=Path({str(options.model)!r}), log_file=Path({str(options.log_file)!r}),

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from siren_megatron import rollout_service
 from siren_megatron.config import Config
-from siren_megatron.rollout import RolloutError, ServerFailed
-from siren_megatron.rollout_service import RolloutService
-from siren_megatron.weight_sync import ServerSyncFailed, WeightSyncError
+from siren_megatron.rollout import service as rollout_service
+from siren_megatron.rollout.client import RolloutError, ServerFailed
+from siren_megatron.rollout.service import RolloutService
+from siren_megatron.rollout.weight_sync import ServerSyncFailed, WeightSyncError
 
 DONE, GIVE_WEIGHTS, ABORT = 0, 1, 2
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from siren_megatron.known_models import KNOWN_MODELS
+from siren_megatron.planning.known_models import KNOWN_MODELS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "run_siren_7b_tp4.sh"

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from siren_megatron import token_record
-from siren_megatron.prompts import Prompt
+from siren_megatron.data.prompts import Prompt
 from siren_megatron.report.records import read_lines, read_records, thin_out
 from siren_megatron.token_record import (
     TokenRecorder,

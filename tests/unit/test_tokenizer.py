@@ -13,9 +13,9 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siren_megatron.data_options import DataOptions
-from siren_megatron.prompts import load_data_tokenizer, load_dataset, load_prompts
-from siren_megatron.tokenizer import SentencePieceTokenizer, load_tokenizer, replace_tokenizer_files
+from siren_megatron.data.options import DataOptions
+from siren_megatron.data.prompts import load_data_tokenizer, load_dataset, load_prompts
+from siren_megatron.data.tokenizer import SentencePieceTokenizer, load_tokenizer, replace_tokenizer_files
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SENTENCES = [f"What is {a} plus {b}? The answer is {a + b}." for a in range(30) for b in range(30)]
@@ -135,7 +135,7 @@ def test_an_export_gets_the_runs_own_tokenizer(tmp_path, model_file):
 
 def test_a_sentencepiece_model_needs_no_transformers(model_file):
     code = (
-        "import sys; from siren_megatron.prompts import load_tokenizer; "
+        "import sys; from siren_megatron.data.prompts import load_tokenizer; "
         f"load_tokenizer({str(model_file)!r}); "
         "print([m for m in ('torch', 'transformers', 'tokenizers', 'numpy') if m in sys.modules])"
     )

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from siren_megatron import countdown, toy_model
-from siren_megatron.prompts import load_prompts, load_tokenizer
+from siren_megatron import toy_model
+from siren_megatron.data.prompts import load_prompts, load_tokenizer
+from siren_megatron.rewards import countdown
 from tools.make_toy_checkpoint import build_countdown_checkpoint, build_text_checkpoint, main
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from siren_megatron.vllm_auth import RequireKey
+from siren_megatron.rollout.auth import RequireKey
 
 KEY = "the-key"
 

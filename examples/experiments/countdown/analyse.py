@@ -16,9 +16,9 @@ from bootstrap import Interval, bootstrap
 from matrix import BASELINE, QUANTILE_GRID, TOP_P_GRID
 
 from siren_megatron.charts import Chart, Series, figure
-from siren_megatron.evaluation_report import write_text
+from siren_megatron.evaluation.passk import ks_to_show, majority_at_k, pass_at_k
+from siren_megatron.evaluation.results import write_text
 from siren_megatron.metrics import read_metrics
-from siren_megatron.passk import ks_to_show, majority_at_k, pass_at_k
 
 MAJORITY_K = 32
 CURVES = {

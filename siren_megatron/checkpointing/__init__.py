@@ -1,0 +1,1 @@
+"""A run's own checkpoints: saving, choosing, checking, resuming."""

@@ -1,0 +1,1 @@
+"""Prompts: files, rendering, tokenizers, a resumable cursor."""

@@ -1,0 +1,1 @@
+"""(response, answer) -> reward, in worker processes with limits; the toy tasks' verifiers."""
