@@ -172,7 +172,7 @@ class RewardPool:
     def _start(self) -> None:
         """Start the supervisor and wait until its reward is loaded."""
         # The package and the user's own reward must be found as they are found here.
-        paths = [str(Path(__file__).resolve().parents[1]), *(os.path.abspath(path) for path in sys.path)]
+        paths = [str(Path(__file__).resolve().parents[2]), *(os.path.abspath(path) for path in sys.path)]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "siren_megatron.rewards.worker"],
             stdin=subprocess.PIPE,

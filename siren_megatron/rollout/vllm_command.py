@@ -124,7 +124,7 @@ def server_environment(options: ServerOptions, base: Mapping[str, str], api_key:
         for name, value in base.items()
         if name not in _TORCHRUN_NAMES and not name.startswith(_TORCHRUN_PREFIXES)
     }
-    package_parent = str(Path(__file__).resolve().parents[1])
+    package_parent = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, base.get("PYTHONPATH", "")]))
     environment.update(
         VLLM_SERVER_DEV_MODE="1",  # the endpoints for pausing and weight transfer
