@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -295,7 +295,8 @@ class Job:
         )
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
-        self.recorder.record(self.step + 1, batch, self.trainer)
+        with self._despite_a_full_disk():
+            self.recorder.record(self.step + 1, batch, self.trainer)
         with self.timer.stage("train"):
             metrics = self.trainer.update(batch, self.entropy_anchor, step=self.step)
         self.step += 1
@@ -362,11 +363,16 @@ class Job:
 
     def log(self, batch: TrainBatch, metrics: dict[str, float]) -> None:
         """Write one row of metrics."""
-        try:
+        with self._despite_a_full_disk():
             self._log(batch, metrics)
+
+    @contextlib.contextmanager
+    def _despite_a_full_disk(self) -> Iterator[None]:
+        """A file of rank 0's that cannot be written: the other ranks hear of it in `save_if_due`."""
+        try:
+            yield
         except OSError as error:
-            # Most likely the disk is full. The other ranks hear of it where they can: in `save_if_due`.
-            self._log_error = f"{error.filename or 'metrics'} could not be written: {error.strerror}"
+            self._log_error = f"{error.filename or 'metrics'} could not be written: {error.strerror or error}"
 
     def _log(self, batch: TrainBatch, metrics: dict[str, float]) -> None:
         if not self.is_main:
