@@ -348,7 +348,7 @@ class Job:
         """Sample and grade the benchmarks every `--eval-interval` steps; `log` records it with the step."""
         self.rollouts.lead()
         if self.is_main and self.evaluation.is_due(self.step):
-            with self.timer.stage("eval"):
+            with self.timer.stage("eval"), self._despite_a_full_disk():
                 self.evaluation.run(self.step, self.rollouts, self.logger.print)
             if self.step == 0:
                 self.timer.pop()  # the first step's times are its own

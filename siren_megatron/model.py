@@ -28,8 +28,8 @@ from torch import Tensor
 
 from siren_megatron.architecture import Architecture, Rope
 from siren_megatron.attention import CausalAttention
-from siren_megatron.config import ParallelOptions
 from siren_megatron.platform import Platform
+from siren_megatron.run_options import ParallelOptions
 
 
 class RMSNorm(torch.nn.Module):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from siren_megatron import platform
-from siren_megatron.config import ParallelOptions
 from siren_megatron.conversion.convert import read_config
+from siren_megatron.run_options import ParallelOptions
 
 
 def transformers_logits(directory: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:

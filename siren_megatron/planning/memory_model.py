@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, fields
 
 from siren_megatron.architecture import Architecture
-from siren_megatron.config import ParallelOptions
+from siren_megatron.run_options import ParallelOptions
 
 OPTIMIZER_BYTES = 8
 """Adam's two moments, float32."""

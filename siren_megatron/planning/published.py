@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from siren_megatron.architecture import Architecture
-from siren_megatron.config import ParallelOptions
 from siren_megatron.planning.hardware import GIB, GPUS, Gpu
 from siren_megatron.planning.known_models import KNOWN_MODELS
 from siren_megatron.planning.memory_model import kv_cache_bytes_per_token, total_parameters
@@ -23,6 +22,7 @@ from siren_megatron.planning.time_model import (
     step_time,
     training_pass_seconds,
 )
+from siren_megatron.run_options import ParallelOptions
 
 NEMO_RL = (
     "https://github.com/NVIDIA-NeMo/RL/blob/06beed91bac98a2c39a19435f6bbbbe71aa45720/"

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from siren_megatron.architecture import Architecture, Layout
-from siren_megatron.config import ParallelOptions
 from siren_megatron.planning.hardware import GIB, Gpu
 from siren_megatron.planning.known_models import KNOWN_MODELS
 from siren_megatron.planning.memory_model import (
@@ -21,6 +20,7 @@ from siren_megatron.planning.memory_model import (
 )
 from siren_megatron.planning.plan import RESERVE_GIB, VLLM_OVERHEAD_GIB
 from siren_megatron.planning.time_model import ASSUMPTIONS, Assumptions, StepTime, Workload, step_time
+from siren_megatron.run_options import ParallelOptions
 
 MODELS = ("qwen2.5-7b", "qwen2.5-14b", "qwen2.5-32b", "llama-3.1-70b", "llama-3.1-405b")
 GPU_COUNTS = (8, 32, 128, 512, 1024, 4096)

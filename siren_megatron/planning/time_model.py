@@ -15,9 +15,9 @@ from dataclasses import dataclass, fields, replace
 from statistics import NormalDist
 
 from siren_megatron.architecture import Architecture
-from siren_megatron.config import ParallelOptions
 from siren_megatron.planning.hardware import Gpu
 from siren_megatron.planning.memory_model import active_parameters, kv_cache_bytes_per_token, total_parameters
+from siren_megatron.run_options import ParallelOptions
 
 SHARES = ("matrix_efficiency", "expert_efficiency", "link_efficiency", "memory_efficiency", "overlap")
 MAY_BE_ZERO = ("overlap", "decode_overhead_ms", "all_reduce_us", "length_spread", "step_overhead_s")

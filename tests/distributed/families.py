@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from siren_megatron.config import ParallelOptions
+from siren_megatron.run_options import ParallelOptions
 
 TOKENS = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(11))
 """[responses, tokens]; longer than the llama3 test's original length, so that scaling shows."""
