@@ -8,6 +8,9 @@ to take long, so it is graded in the processes of :class:`siren_megatron.rewards
 from siren_megatron.grading.equivalence import equivalent
 from siren_megatron.grading.extraction import extract_final_answer, kind_of
 
+MAX_BARE_CHARS = 60
+"""Length of a response that may be an answer as a whole."""
+
 __all__ = ["equivalent", "extract_final_answer", "grade", "kind_of", "same_answer"]
 
 
@@ -19,7 +22,12 @@ def grade(response: str, answer: str) -> float:
         answer: the gold answer: a number, LaTeX with or without dollar signs, a choice's letter, words.
     """
     candidate = extract_final_answer(response, kind_of(answer))
-    return float(candidate is not None and equivalent(candidate, answer))
+    if candidate is not None and equivalent(candidate, answer):
+        return 1.0
+    # A response that is nothing but its answer, of a form that extraction would take apart: "July 4th, 1776".
+    whole = response.strip().rstrip(".")
+    is_bare = "\n" not in whole and len(whole) <= MAX_BARE_CHARS and whole != candidate
+    return float(is_bare and equivalent(whole, answer))
 
 
 def same_answer(first: str, second: str) -> float:

@@ -163,7 +163,7 @@ def _last_statement(response: str, kind: str) -> str | None:
         return _tail_words(text) if kind == "words" else text
     last_line = text.rpartition("\n")[2].strip()
     if kind == "choice":
-        found = _last_match(_CHOICE_LETTER, last_line)
+        found = _last_match(_CHOICE_LETTER, last_line.replace("*", ""))
         return next(group for group in found.groups() if group) if found else text if len(text) <= 4 else None
     if kind == "verdict":
         found = re.match(r"\W*(yes|no|true|false)\b", last_line, re.IGNORECASE) or _last_match(

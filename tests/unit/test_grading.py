@@ -191,3 +191,19 @@ def test_a_hanging_call_of_math_verify_ends():
             pass
     with cpu_time_limit(60):
         assert sum(range(10)) == 45
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "right"),
+    [
+        ("July 4th, 1776", "July 4, 1776", True),
+        ("4 July 1776.", "July 4, 1776", True),
+        ("July 5, 1776", "July 4, 1776", False),
+        ("**A**", "A", True),
+        ("**B**", "A", False),
+        ("3 to 2", "3:2", True),
+        ("2 to 3", "3:2", False),
+    ],
+)
+def test_a_response_that_is_nothing_but_its_answer(response, answer, right):
+    assert grade(response, answer) == right
