@@ -91,7 +91,9 @@ class Job:
         in_one_line = mistake or isinstance(error, _ONE_LINE)
         # Before the server is ended, which takes its time: torchrun ends this rank once another has ended.
         if in_one_line and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"pretrain_siren.py: error: {error}", file=sys.stderr, flush=True)
+            # One write, the line's end included: torchrun and the other ranks write there as well.
+            sys.stderr.write(f"pretrain_siren.py: error: {error}\n")
+            sys.stderr.flush()
         if kind is not None:
             mark_failed()
         self._stack.__exit__(kind, error, traceback)

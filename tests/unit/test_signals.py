@@ -41,7 +41,8 @@ while not signals.received():
     time.sleep(0.02)
 assert child.poll() is None, "the signal took away what the rank had started"
 child.communicate(b"end")
-print(f"rank {rank} heard {describe(signals.received())}", flush=True)
+# One write: torchrun's ranks share their output unbuffered, and print writes a line's end by itself.
+os.write(1, f"rank {rank} heard {describe(signals.received())}\\n".encode())
 sys.exit(7 if mode == "fails" and rank == "1" else 0)
 """
 
