@@ -88,7 +88,7 @@ def analyse(output: Path, finished: Mapping[str, Sequence[int]]) -> list[Path]:
         write_text(results / "curves.svg", _curves(output, finished)),
         write_text(results / "pass_at_k.svg", figure([_pass_chart(values)], columns=1)),
     ]
-    if len(sensitivity := _sensitivity(values)) > 1:
+    if sensitivity := _sensitivity(values):
         written.append(write_text(results / "sensitivity.md", "\n".join(sensitivity) + "\n"))
     return written
 
@@ -214,7 +214,7 @@ def _sensitivity(values: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
                 last = [n for n in metrics if n.startswith("pass@")][-1]
                 shown = [_show(bootstrap(metrics[n])) for n in ("avg", f"maj@{MAJORITY_K}", last)]
                 lines.append(_row([f"{top_p:g}", f"{quantile:g}", *shown]))
-    if not lines:
-        return []
+    if len(lines) < 2:
+        return []  # the grid was not run
     head = ["top-p", "quantile", "avg", f"maj@{MAJORITY_K}", last]
     return ["## Sensitivity of SIREN (coefficient 0.1)", "", _row(head), "|---" * len(head) + "|", *lines]

@@ -69,7 +69,7 @@ class Setting:
 
 
 SETTINGS = {
-    "quick": Setting(40, 1, 0, ("grpo", "naive-0.05", "siren-0.1"), 64, 64, 32, 16, 20),
+    "quick": Setting(60, 2, 0, ("grpo", "naive-0.05", "siren-0.1"), 128, 128, 64, 16, 20),
     "full": Setting(120, 5, 3, tuple(METHODS), 256, 256, 128, 32, 20),
 }
 TRAINING = (

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train and evaluate every method of the comparison on Countdown, then write its tables and figures.
 
-  python examples/experiments/countdown/run.py --setting quick     # 3 methods, 1 seed: about 10 minutes
+  python examples/experiments/countdown/run.py --setting quick     # 3 methods x 2 seeds: about 10 minutes
   python examples/experiments/countdown/run.py --setting full      # 16 methods x 5 seeds and a grid: hours
 
 One command, to be repeated after an interruption: finished runs are kept, an unfinished one goes on from its
