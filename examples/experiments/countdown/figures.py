@@ -50,7 +50,8 @@ def curves(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 points.setdefault(step, []).append(value)
             steps = sorted(points)
             if steps:
-                series.append(Series(method, steps, [float(np.mean(points[step])) for step in steps]))
+                means = [float(np.mean(points[step])) for step in steps]
+                series.append(Series(method, steps, means, smooth=name in TRAINING_CURVES))
         if series:
             charts.append(Chart(title, tuple(series)))
     return figure(charts, columns=2)
