@@ -222,7 +222,7 @@ class RolloutService:
             request_retries=rollout.rollout_request_retries,
         )
         self._monitor = HealthMonitor(self._server, rollout.rollout_health_timeout)
-        self._publisher = WeightPublisher(self._server)
+        self._publisher = WeightPublisher([self._server])
         self._publisher.init()
 
     def _publish(self) -> None:

@@ -115,7 +115,7 @@ def install_faults() -> None:
 
     def send_chunk_with_faults(self, chunk, size):
         if due("kill the API server in an update"):
-            api_server_of(self._server).send_signal(signal.SIGKILL)
+            api_server_of(self._servers[0]).send_signal(signal.SIGKILL)
         send_chunk(self, chunk, size)
 
     weight_sync.WeightPublisher._send_chunk = send_chunk_with_faults

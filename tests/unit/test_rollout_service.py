@@ -55,7 +55,7 @@ class World:
 
         return SimpleNamespace(generate=generate, num_retries=0, num_dropped=0)
 
-    def WeightPublisher(self, server):
+    def WeightPublisher(self, servers):
         def update(weights):
             name, _ = next(weights)
             self.happen(f"update {name}", self.sync_error)
