@@ -32,9 +32,11 @@ from siren_megatron.nonfinite import NonFiniteError
 from siren_megatron.platform import Platform, init_process_group
 from siren_megatron.rewards.pool import RewardPool, RewardPoolError
 from siren_megatron.rollout.client import RolloutError
+from siren_megatron.rollout.hosts import Hosts
+from siren_megatron.rollout.node_servers import server_options
 from siren_megatron.rollout.policy_check import check_logprobs
 from siren_megatron.rollout.redraw import sample_with_redraws
-from siren_megatron.rollout.service import RolloutService, server_options
+from siren_megatron.rollout.service import RolloutService
 from siren_megatron.rollout.weight_sync import WeightSyncError
 from siren_megatron.signals import StopSignals, describe
 from siren_megatron.token_record import TokenRecorder
@@ -112,14 +114,11 @@ class Job:
                 shutil.rmtree(config.run.save)
             config.run.save.mkdir(parents=True, exist_ok=True)
         # vLLM takes longest to start: let it load while this process builds the model.
+        hosts = Hosts.agree(config.rollout.rollout_nodes)
+        on_cpu = not self.platform.is_cuda
+        options = server_options(config, hosts, on_cpu=on_cpu) if hosts.node is not None else []
         self.rollouts = self._stack.enter_context(
-            RolloutService(
-                config,
-                server_options(config, on_cpu=not self.platform.is_cuda) if self.is_main else None,
-                Control(),
-                is_main=self.is_main,
-                report=self._print,
-            )
+            RolloutService(config, options, Control(), hosts=hosts, is_main=self.is_main, report=self._print)
         )
         if self.is_main:
             self._load_data()
@@ -127,7 +126,10 @@ class Job:
         self.trainer = Trainer(config, self.hf_config, self.platform)
         if config.run.load is not None:
             self._resume()
-        self.rollouts.connect(self.trainer.hf_weights)
+        self.rollouts.connect(
+            weights=lambda: hosts.share(self.trainer.hf_weights(named_on=hosts.ranks)),
+            version=lambda: self.step,
+        )
         if self.is_main:
             self.logger = self._stack.enter_context(self._make_logger())
             self.trainer.skips.report = self.logger.print
@@ -210,14 +212,16 @@ class Job:
     def _sample(self, prompts: list[Prompt], seed: int) -> list[list[Sample]]:
         rollout = self.config.rollout
         with self.timer.stage("rollout"):
-            return self.rollouts.generate(
-                [p.token_ids for p in prompts],
-                num_samples=rollout.rollout_num_samples,
-                max_tokens=rollout.rollout_max_response_length,
-                temperature=rollout.rollout_temperature,
-                seed=seed,
-                stop_token_ids=[self.tokenizer.eos_token_id],
-                may_drop=True,
+            return self.rollouts.run(
+                lambda: self.rollouts.generate(
+                    [p.token_ids for p in prompts],
+                    num_samples=rollout.rollout_num_samples,
+                    max_tokens=rollout.rollout_max_response_length,
+                    temperature=rollout.rollout_temperature,
+                    seed=seed,
+                    stop_token_ids=[self.tokenizer.eos_token_id],
+                    may_drop=True,
+                )
             )
 
     def score(self, prompts: list[Prompt] | None, groups: list[list[Sample]] | None) -> list[float] | None:
@@ -315,7 +319,7 @@ class Job:
             batch = None
             if self.is_main:
                 self.rollouts.update_weights()
-                batch = self._sample_check()
+                batch = self.rollouts.run(self._sample_check)
             self.rollouts.assist()
             batch = self.trainer.compute_logprobs(broadcast_batch(batch, self.platform.device))
             self.weight_sync_diff = self._check_logprobs(batch, "weight update")
@@ -351,7 +355,7 @@ class Job:
         self.rollouts.lead()
         if self.is_main and self.evaluation.is_due(self.step):
             with self.timer.stage("eval"), self._despite_a_full_disk():
-                self.evaluation.run(self.step, self.rollouts, self.logger.print)
+                self.rollouts.run(lambda: self.evaluation.run(self.step, self.rollouts, self.logger.print))
             if self.step == 0:
                 self.timer.pop()  # the first step's times are its own
         self.rollouts.assist()

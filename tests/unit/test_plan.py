@@ -233,16 +233,23 @@ def test_larger_models_need_more_gpus():
     assert small.tokens_per_second < large.tokens_per_second < 4 * small.tokens_per_second
 
 
-def test_devices_of_the_server():
+def test_devices_of_the_servers():
     assert parse_devices("4,5, 6,7") == (4, 5, 6, 7)
     for text, message in (("4,4", "twice"), ("a", "no list"), ("", "no list"), ("-1", "no list")):
         with pytest.raises(ValueError, match=message):
             parse_devices(text)
     two_ranks = {"LOCAL_WORLD_SIZE": "2"}
-    chosen = server_devices("2,3", {**two_ranks, "CUDA_VISIBLE_DEVICES": "0,1,6,7"}, gpus=4)
+    by_slurm = {**two_ranks, "CUDA_VISIBLE_DEVICES": "0,1,6,7"}
+    (chosen,) = server_devices("2,3", by_slurm, gpus=4)
     assert chosen == {"extra_env": {"CUDA_VISIBLE_DEVICES": "6,7"}, "tensor_parallel_size": 2}, "SLURM's own"
-    assert server_devices("3", two_ranks, gpus=4)["extra_env"] == {"CUDA_VISIBLE_DEVICES": "3"}
-    assert server_devices(None, two_ranks, gpus=4) == {}
+    assert server_devices("2,3", by_slurm, gpus=4, tensor_parallel=1) == [
+        {"extra_env": {"CUDA_VISIBLE_DEVICES": name}, "tensor_parallel_size": 1} for name in "67"
+    ]
+    assert server_devices("3", two_ranks, gpus=4)[0]["extra_env"] == {"CUDA_VISIBLE_DEVICES": "3"}
+    assert server_devices(None, two_ranks, gpus=4) == [{}]
+    assert server_devices(None, two_ranks, gpus=0, servers=3) == [{}, {}, {}]
+    with pytest.raises(ValueError, match="--rollout-num-servers 2 is for CPUs"):
+        server_devices(None, two_ranks, gpus=4, servers=2)
     with pytest.raises(ValueError, match="there is no GPU 4"):
         server_devices("4", two_ranks, gpus=4)
     with pytest.raises(ValueError, match="GPU 1 is that of a trainer rank"):
