@@ -182,6 +182,12 @@ def check_plan(config: Config, hf_config: dict[str, Any], world_size: int | None
     """
     _check_bounds(config)
     check_servers(config.rollout)
+    steps_ahead = config.rollout.rollout_async_steps
+    if steps_ahead and config.correction.rollout_correction == "none":
+        raise ValueError(
+            f"--rollout-async-steps {steps_ahead} trains on responses of older weights, and needs a "
+            "--rollout-correction other than none, such as token-truncate"
+        )
     _check_architecture(config, hf_config)
     _check_batches(config, world_size)
     check_methods(

@@ -23,6 +23,12 @@ class RolloutOptions:
         "first", "nodes that have vLLM servers, as many each: the first one, or all", choices=("first", "all")
     )
     rollout_num_servers: int = option(1, "vLLM servers of such a node, on CPUs", minimum=1)
+    rollout_async_steps: int = option(
+        0,
+        "steps by which rollouts run ahead: that of step s + k is sampled while step s is trained, and its "
+        "weights are k steps old when it is used; 0 = sampling and training take turns",
+        minimum=0,
+    )
     rollout_kv_cache_mb: int = option(256, "vLLM's KV cache on a CPU, in MiB", minimum=16)
     rollout_gpu_memory_utilization: float = option(
         0.5, "share of a GPU's memory that vLLM takes", above=0, maximum=1

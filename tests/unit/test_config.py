@@ -87,6 +87,8 @@ WRONG = [
     (["--eval-top-p", "0"], "--eval-top-p must be greater than 0, got 0.0"),
     (["--rollout-host", "192.0.2.1"], "--rollout-host '192.0.2.1' is no address of this machine"),
     (["--rollout-host", "no such host"], "--rollout-host 'no such host' is no address of this machine"),
+    (["--rollout-async-steps", "1"],
+     "--rollout-async-steps 1 trains on responses of older weights, and needs a --rollout-correction"),
     (["--rollout-num-servers", "2", "--rollout-devices", "4,5"],
      "--rollout-num-servers 2 contradicts --rollout-devices 4,5"),
     (["--rollout-tensor-parallel-size", "2", "--rollout-devices", "5,6,7"],
