@@ -204,11 +204,11 @@ class _Call:
 
     def _hand_out(self) -> None:
         while self._waiting:
-            room = [
-                k
-                for k, client in enumerate(self._clients)
-                if not self._lost[k].done() and self._in_flight[k] < client.max_in_flight
-            ]
+            up = [k for k in range(len(self._clients)) if not self._lost[k].done()]
+            # One that was started again meanwhile may have newer weights: it helps where nobody else is left.
+            oldest = min((self._clients[k].weight_version for k in up), default=0)
+            up = [k for k in up if self._clients[k].weight_version == oldest]
+            room = [k for k in up if self._in_flight[k] < self._clients[k].max_in_flight]
             if not room:
                 return
             place = self._waiting.popleft()
@@ -236,7 +236,7 @@ class _Call:
             if self._balancer.replace is None:
                 raise failure
             await asyncio.wrap_future(self._balancer.replace(k, failure))
-        except RolloutError as error:
+        except Exception as error:  # whatever it is, this call ends with it
             if not self._failed.done():
                 self._failed.set_exception(error)
             return

@@ -160,7 +160,7 @@ class RolloutService:
                 continue  # the call that wanted it failed for another reason
             try:
                 self._replace(server, failure)
-            except BaseException as error:
+            except Exception as error:
                 reply.set_exception(error)
             else:
                 reply.set_result(None)

@@ -171,7 +171,7 @@ def test_a_layer_cut_over_two_nodes_survives_a_killed_step_and_a_lost_node(clust
         assert [len(list(node.rglob("stdout.log"))) for node in nodes] == [1, 1]
     assert all((run / "train" / f"vllm-{node}-0.log").is_file() for node in (0, 1))
     for row in read_metrics(run / "train" / "metrics.jsonl"):
-        assert row["rollout_requests/0"] + row["rollout_requests/1"] == 8 + 1, "the last is the check's"
+        assert row["rollout_requests/0"] + row["rollout_requests/1"] >= 8 + 1, "the last is the check's"
         assert row["rollout_requests/1"] > 0, "rank 0 asks the other node's server"
     check_whole_run(cluster, run, steps)
 

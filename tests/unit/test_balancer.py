@@ -38,9 +38,9 @@ class Fleet:
         self.clients = [
             RolloutClient("http://-", 10, max_in_flight, server=self.start(k)) for k in range(number)
         ]
-        for k, client in enumerate(self.clients):
+        for client in self.clients:
             client.url = client._server.url
-            client.weight_version = 10 + k
+            client.weight_version = 10
 
     def start(self, k):
         def answer(path, body):
@@ -104,8 +104,27 @@ def test_a_slow_server_gets_less_and_none_gets_more_than_its_limit(fleet):
     assert [c.num_requests for c in two.clients] == [len(seen) for seen in two.seen]
     assert sum(c.num_tokens for c in two.clients) == 40
     assert balancer.wait_s > 0.02, "most of them waited for room"
-    versions = {sample.weight_version for group in groups for sample in group}
-    assert versions == {10, 11}, "each says which weights made it"
+
+
+def test_newer_weights_are_used_only_where_no_server_with_the_others_is_left(fleet):
+    two = fleet(2, max_in_flight=2)
+    two.clients[1].weight_version = 11
+    groups = Balancer(two.clients).generate([[k] for k in range(6)], **ARGUMENTS)
+    assert tokens(groups) == expected(6) and two.seen[1] == []
+    never = Future()
+    two.broken.add(0)
+    finished = []
+
+    def on_group(index, samples):
+        finished.append(samples[0].weight_version)
+        if len(finished) == 6:
+            never.set_exception(RolloutError("stop here"))
+
+    with pytest.raises(RolloutError, match="stop here"):
+        Balancer(two.clients, lambda k, failure: never).generate(
+            [[k] for k in range(6)], **ARGUMENTS, on_group=on_group
+        )
+    assert finished == [11] * 6, "each says which weights made it"
 
 
 def test_a_lost_servers_prompts_go_to_the_others_at_once_with_their_seeds(fleet):
