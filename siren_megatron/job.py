@@ -282,23 +282,28 @@ class Job:
                 batch = self.rollouts.run(self._sample_check)
             self.rollouts.assist()
             batch = self.trainer.compute_logprobs(broadcast_batch(batch, self.platform.device))
-            self.weight_sync_diff = self._check_logprobs(batch, "weight update")
+            # Row by row: one server that has other weights must not hide among many.
+            rows = [batch.rows(row, row + 1) for row in range(batch.num_responses)]
+            self.weight_sync_diff = max(self._check_logprobs(row, "weight update") for row in rows)
 
     def _sample_check(self) -> TrainBatch:
-        """A few tokens from vLLM, as the smallest batch that every data-parallel rank has a share of."""
-        # One response for each row.
-        rows = self.trainer.smallest_batch
+        """A few tokens from each vLLM server, in a batch that every data-parallel rank has a share of."""
         prompt = self.dataset.prompts[self.step % len(self.dataset)]
+        # As many requests at once as there are servers: each gets one.
+        servers = self.rollouts.num_servers
         groups = self.rollouts.generate(
-            [prompt.token_ids],
+            [prompt.token_ids] * servers,
+            stream_ids=[0] * servers,
             num_samples=1,
             max_tokens=min(CHECK_TOKENS, self.config.rollout.rollout_max_response_length),
             temperature=self.config.rollout.rollout_temperature,
             seed=self.config.train.seed,
             stop_token_ids=[self.tokenizer.eos_token_id],
         )
+        rows = -(-servers // self.trainer.smallest_batch) * self.trainer.smallest_batch
+        samples = [groups[row % servers][0] for row in range(rows)]
         zeros = torch.zeros(rows)
-        return make_batch(groups[0] * rows, zeros, zeros, multiple=self.trainer.length_multiple)
+        return make_batch(samples, zeros, zeros, multiple=self.trainer.length_multiple)
 
     def _check_logprobs(self, batch: TrainBatch, when: str) -> float:
         return check_logprobs(

@@ -67,6 +67,7 @@ class NodeServers:
 
     def __init__(self, options: Sequence[ServerOptions], health_timeout_s: float) -> None:
         self._options, self._health_timeout_s = options, health_timeout_s
+        self._publisher: WeightPublisher | None = None  # of all servers as they are now
         self._servers: list[RolloutServer] = []
         self._monitors: dict[int, HealthMonitor] = {}
         try:
@@ -98,8 +99,7 @@ class NodeServers:
         """
         for index in range(len(self)):
             self._watch(index)
-        self._publisher = WeightPublisher(self._servers)
-        self._publisher.init()
+        self._publisher = self._joined(self._servers)
 
     def publish(self, weights: Iterator[tuple[str, Tensor]], only: int | None = None) -> dict[int, str]:
         """Give the weights to all servers, or to one.
@@ -111,10 +111,12 @@ class NodeServers:
             WeightSyncError: the tensors do not fit.
         """
         try:
-            if only is None or len(self) == 1:
+            if only is None:
+                self._publisher = self._publisher or self._joined(self._servers)
                 self._publisher.update(weights)
             else:
-                WeightPublisher([self._servers[only]]).update(weights)
+                self._publisher = None
+                self._joined([self._servers[only]]).update(weights)
         except ServerSyncFailed as failure:
             return {k: str(failure) for k, server in enumerate(self._servers) if server in failure.servers}
         return {}
@@ -129,14 +131,18 @@ class NodeServers:
         taken = [server.port for server in self._servers]
         self._servers[index] = RolloutServer.start(self._options[index], taken)
         self._watch(index)
-        WeightPublisher([self._servers[index]]).init()
-        self._publisher = WeightPublisher(self._servers)
+        self._publisher = None
 
     def stop(self) -> None:
         """End all servers, side by side. May be called again."""
         if self._servers:
             with ThreadPoolExecutor(len(self._servers)) as pool:
                 list(pool.map(self._end, range(len(self._servers))))
+
+    def _joined(self, servers: Sequence[RolloutServer]) -> WeightPublisher:
+        publisher = WeightPublisher(servers)
+        publisher.init()
+        return publisher
 
     def _watch(self, index: int) -> None:
         self._servers[index].wait_ready()

@@ -132,6 +132,11 @@ class RolloutService:
 
     # ---------------------------------------------------------------- sampling, on rank 0
 
+    @property
+    def num_servers(self) -> int:
+        """On rank 0: servers of all nodes."""
+        return len(self._clients)
+
     def start(self, work: Callable[[], T]) -> Future[T]:
         """On rank 0: run `work`, which calls `generate`, in a thread. `finish` it before the next one."""
         future: Future[T] = Future()
