@@ -25,11 +25,8 @@ def main() -> None:
     with Job(config, device, signals) as job:
         job.evaluate_if_due()
         while job.goes_on():
-            prompts = job.next_prompts()
-            prompts, groups = job.generate(prompts)
-            rewards = job.score(prompts, groups)
-            groups, rewards = job.refill(groups, rewards)
-            batch = job.make_batch(groups, rewards)
+            rollout = job.rollout()
+            batch = job.make_batch(rollout)
             batch = job.compute_logprobs(batch)
             batch = job.compute_advantages(batch)
             metrics = job.update(batch)

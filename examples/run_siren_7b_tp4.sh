@@ -33,8 +33,11 @@ Variables, with their defaults:
   NODES              1
   GPUS_PER_NODE      8; 0 = CPUs (gloo), for trying it out
   RANKS_PER_NODE     1: trainer ranks of a node, on CPUs only
-  ROLLOUT_GPUS       4: the last GPUs of the first node are the vLLM server's alone (disaggregated); 0 = it
+  ROLLOUT_GPUS       4: the last GPUs of a node are its vLLM servers' alone (disaggregated); 0 = one server
                      shares GPU 0 with the trainer (colocated; both stay in memory, there is no sleep and wake)
+  ROLLOUT_NODES      all: nodes that have vLLM servers; or first, the others' GPUs are then all the trainer's
+  ROLLOUT_TP         ROLLOUT_GPUS: tensor-parallel size of a server; 2 makes two servers of four GPUs
+  ROLLOUT_SERVERS    1: vLLM servers of such a node, on CPUs only
   GPU                h100-80gb: the kind of GPU that the plan assumes (tools/plan.py --help lists them)
   TP, PP, CP, EP     4, 1, 1, 1: tensor-, pipeline-, context- and expert-parallel size
   NUM_STEPS          250: rollout steps; two epochs of N prompts are 2N/128
@@ -47,9 +50,9 @@ Variables, with their defaults:
   SRUN_OPTIONS       further options of srun, e.g. "--container-image=... --cpu-bind=none"
   MAX_REQUEUES       100: the job ends for good after this many
 
-What runs today: one torchrun a node, and one vLLM server, on the first node. A job that is interrupted (time
-limit, node failure, a killed step) is requeued and resumes from its newest checkpoint, as long as attempts
-save steps: two in a row that save none end it. docs/slurm.md tells more.
+What runs: one torchrun a node; each node's first rank starts its vLLM servers, and rank 0 asks them all. A job
+that is interrupted (time limit, node failure, a killed step) is requeued and resumes from its newest checkpoint,
+as long as attempts save steps: two in a row that save none end it. docs/slurm.md tells more.
 
 `python pretrain_siren.py --help` lists the options of the run.
 USAGE
@@ -103,6 +106,7 @@ whole_number() {
 prepare() {
     cd "$(repository)"
     : "${NODES:=${SLURM_JOB_NUM_NODES:-1}}" "${GPUS_PER_NODE:=8}" "${RANKS_PER_NODE:=1}" "${ROLLOUT_GPUS:=4}"
+    : "${ROLLOUT_NODES:=all}" "${ROLLOUT_TP:=$ROLLOUT_GPUS}" "${ROLLOUT_SERVERS:=1}"
     : "${GPU:=h100-80gb}" "${TP:=4}" "${PP:=1}" "${CP:=1}" "${EP:=1}" "${NUM_STEPS:=250}" "${SAVE_INTERVAL:=10}"
     : "${TIME_LIMIT:=24:00:00}" "${WARNING_SECONDS:=600}" "${MAX_REQUEUES:=100}"
     : "${RUN_DIR:=runs/qwen2.5-math-7b-siren}" "${HF_CHECKPOINT:=}" "${PROMPT_DATA:=}"
@@ -112,13 +116,18 @@ prepare() {
         [ -x "$PYTHON" ] || PYTHON=python3
     fi
     local name
-    for name in NODES GPUS_PER_NODE RANKS_PER_NODE ROLLOUT_GPUS TP PP CP EP NUM_STEPS SAVE_INTERVAL \
-        EVAL_INTERVAL WARNING_SECONDS MAX_REQUEUES; do
+    for name in NODES GPUS_PER_NODE RANKS_PER_NODE ROLLOUT_GPUS ROLLOUT_TP ROLLOUT_SERVERS TP PP CP EP NUM_STEPS \
+        SAVE_INTERVAL EVAL_INTERVAL WARNING_SECONDS MAX_REQUEUES; do
         whole_number "$name"
     done
     [ "$GPUS_PER_NODE" -gt 0 ] || ROLLOUT_GPUS=0
     [ "$SAVE_INTERVAL" -gt 0 ] || die "SAVE_INTERVAL is 0: a requeued job could not resume"
     [ -z "$(value_of --save "$@")" ] || die "--save: set RUN_DIR instead, the run goes to its train/"
+    [ -z "$(value_of --rollout-nodes "$@")" ] || die "--rollout-nodes: set ROLLOUT_NODES instead"
+    case "$ROLLOUT_NODES" in
+        all | first) ;;
+        *) die "ROLLOUT_NODES is '$ROLLOUT_NODES'; it has to be all or first" ;;
+    esac
     case "$RUN_DIR" in
         /*) ;;
         *) RUN_DIR=$PWD/$RUN_DIR ;;
@@ -150,6 +159,7 @@ prepare() {
         --expert-model-parallel-size "$EP"
         --use-distributed-optimizer
         --distributed-timeout-minutes 30
+        --rollout-nodes "$ROLLOUT_NODES"
         --rollout-request-timeout 3600
         --rollout-start-timeout 900
         --save "$train"
@@ -167,15 +177,19 @@ prepare() {
             die "ROLLOUT_GPUS $ROLLOUT_GPUS leaves no GPU of GPUS_PER_NODE $GPUS_PER_NODE to the trainer"
         local devices
         devices=$(seq -s , $((GPUS_PER_NODE - ROLLOUT_GPUS)) $((GPUS_PER_NODE - 1)))
-        options+=(--rollout-devices "$devices" --rollout-gpu-memory-utilization 0.85)
+        options+=(--rollout-devices "$devices" --rollout-tensor-parallel-size "$ROLLOUT_TP")
+        options+=(--rollout-gpu-memory-utilization 0.85)
     elif [ "$GPUS_PER_NODE" -gt 0 ]; then
         options+=(--rollout-gpu-memory-utilization 0.3)
+    else
+        options+=(--rollout-num-servers "$ROLLOUT_SERVERS")
     fi
     options+=("$@")
 
-    # The first node's server has GPUs of its own: fewer ranks run there.
+    # Where servers have GPUs of their own, fewer ranks run.
     if [ "$GPUS_PER_NODE" -gt 0 ]; then
         first_ranks=$((GPUS_PER_NODE - ROLLOUT_GPUS)) other_ranks=$GPUS_PER_NODE
+        [ "$ROLLOUT_NODES" = first ] || other_ranks=$first_ranks
     else
         first_ranks=$RANKS_PER_NODE other_ranks=$RANKS_PER_NODE
     fi
@@ -223,7 +237,8 @@ submit() {
     resume_options
     WORLD_SIZE=$world_size "$PYTHON" pretrain_siren.py "${options[@]}" "${resume[@]}" --check || exit $?
     mkdir -p "$RUN_DIR/logs"
-    export NODES GPUS_PER_NODE RANKS_PER_NODE ROLLOUT_GPUS GPU TP PP CP EP NUM_STEPS SAVE_INTERVAL RUN_DIR
+    export NODES GPUS_PER_NODE RANKS_PER_NODE ROLLOUT_GPUS ROLLOUT_NODES ROLLOUT_TP ROLLOUT_SERVERS
+    export GPU TP PP CP EP NUM_STEPS SAVE_INTERVAL RUN_DIR
     export MAX_REQUEUES HF_CHECKPOINT PROMPT_DATA EVAL_DATA EVAL_INTERVAL PYTHON SRUN_OPTIONS SIREN_REPOSITORY=$PWD
     local machines=(--nodes "$NODES" --ntasks-per-node 1)
     [ "$GPUS_PER_NODE" -eq 0 ] || machines+=(--exclusive)

@@ -26,12 +26,14 @@ class Sample:
         rollout_logprobs: natural-log probability of each response token under the distribution it was
             sampled from (temperature applied), one per response token.
         finish_reason: "stop" (end of sequence) or "length" (cut at the token budget).
+        weight_version: training steps that the weights which made it had seen.
     """
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     rollout_logprobs: tuple[float, ...]
     finish_reason: str
+    weight_version: int = 0
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from siren_megatron.data.options import DataOptions, check_data
 from siren_megatron.evaluation.options import EvaluationOptions, check_evaluation
 from siren_megatron.method_options import CorrectionOptions, EntropyOptions, GrpoOptions, check_methods
 from siren_megatron.options import REQUIRED, flag
-from siren_megatron.rollout.options import RolloutOptions, check_rollout
-from siren_megatron.rollout.placement import parse_devices
+from siren_megatron.rollout.options import RolloutOptions, check_rollout, check_servers
 from siren_megatron.run_options import ModelOptions, ParallelOptions, RunOptions, TrainOptions
 
 GROUPS = {
@@ -182,8 +181,13 @@ def check_plan(config: Config, hf_config: dict[str, Any], world_size: int | None
         ValueError: one line that names the option.
     """
     _check_bounds(config)
-    if config.rollout.rollout_devices is not None:
-        parse_devices(config.rollout.rollout_devices)
+    check_servers(config.rollout)
+    steps_ahead = config.rollout.rollout_async_steps
+    if steps_ahead and config.correction.rollout_correction == "none":
+        raise ValueError(
+            f"--rollout-async-steps {steps_ahead} trains on responses of older weights, and needs a "
+            "--rollout-correction other than none, such as token-truncate"
+        )
     _check_architecture(config, hf_config)
     _check_batches(config, world_size)
     check_methods(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,15 +30,21 @@ class Control:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
         return int(largest)
 
-    def tell(self, command: int) -> None:
+    def tell(self, command: int, argument: int = 0) -> None:
         """On rank 0: the command that the others `hear`."""
-        dist.broadcast(torch.tensor(command), src=0, group=self._group)
+        dist.broadcast(torch.tensor([command, argument]), src=0, group=self._group)
 
-    def hear(self) -> int:
-        """On the other ranks: wait for rank 0's next command."""
-        command = torch.zeros((), dtype=torch.int64)
+    def hear(self) -> tuple[int, int]:
+        """On the other ranks: wait for rank 0's next command; it and its argument."""
+        command = torch.zeros(2, dtype=torch.int64)
         dist.broadcast(command, src=0, group=self._group)
-        return int(command)
+        return tuple(command.tolist())
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """A collective: the ranks' values, in rank order, on rank 0; None on the others."""
+        values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(value, values, dst=0, group=self._group)
+        return values
 
 
 def mark_failed() -> None:

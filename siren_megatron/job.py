@@ -6,35 +6,36 @@ A stage that only rank 0 does returns None on the other ranks; tensors reach the
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
 from siren_megatron.advantages import assign_advantages
-from siren_megatron.batch import Sample, TrainBatch, broadcast_batch, make_batch
+from siren_megatron.batch import TrainBatch, broadcast_batch, make_batch
 from siren_megatron.checkpointing import random_states
 from siren_megatron.checkpointing.checkpoint import CheckpointSaver, LoadedRun, SaveError, load_checkpoint
+from siren_megatron.collector import Collector, Rollout
 from siren_megatron.config import Config, read_hf_config
 from siren_megatron.control import Control, another_rank_failed, mark_failed
-from siren_megatron.data.prompts import Prompt, load_data_tokenizer, load_dataset, make_cursor
+from siren_megatron.data.prompts import load_data_tokenizer, load_dataset, make_cursor
 from siren_megatron.data.tokenizer import replace_tokenizer_files
-from siren_megatron.dynamic_sampling import refill
 from siren_megatron.evaluation.during_training import TrainingEvaluation
 from siren_megatron.metrics import MetricsLogger, StageTimer
 from siren_megatron.nonfinite import NonFiniteError
 from siren_megatron.platform import Platform, init_process_group
 from siren_megatron.rewards.pool import RewardPool, RewardPoolError
 from siren_megatron.rollout.client import RolloutError
+from siren_megatron.rollout.hosts import Hosts
+from siren_megatron.rollout.node_servers import server_options
 from siren_megatron.rollout.policy_check import check_logprobs
-from siren_megatron.rollout.redraw import sample_with_redraws
-from siren_megatron.rollout.service import RolloutService, server_options
+from siren_megatron.rollout.schedule import RolloutSchedule
+from siren_megatron.rollout.service import RolloutService
 from siren_megatron.rollout.weight_sync import WeightSyncError
 from siren_megatron.signals import StopSignals, describe
 from siren_megatron.token_record import TokenRecorder
@@ -67,7 +68,7 @@ class Job:
         self.step = 0
         self.stopped_by = 0
         self.entropy_anchor: float | None = None
-        self.sampling_metrics: dict[str, float] = {}
+        self.rollout_metrics: dict[str, float] = {}
         self._loaded: LoadedRun | None = None
         self.recorder = TokenRecorder(config)
         self._log_error: str | None = None
@@ -112,14 +113,11 @@ class Job:
                 shutil.rmtree(config.run.save)
             config.run.save.mkdir(parents=True, exist_ok=True)
         # vLLM takes longest to start: let it load while this process builds the model.
+        hosts = Hosts.agree(config.rollout.rollout_nodes)
+        on_cpu = not self.platform.is_cuda
+        options = server_options(config, hosts, on_cpu=on_cpu) if hosts.node is not None else []
         self.rollouts = self._stack.enter_context(
-            RolloutService(
-                config,
-                server_options(config, on_cpu=not self.platform.is_cuda) if self.is_main else None,
-                Control(),
-                is_main=self.is_main,
-                report=self._print,
-            )
+            RolloutService(config, options, Control(), hosts=hosts, is_main=self.is_main, report=self._print)
         )
         if self.is_main:
             self._load_data()
@@ -127,7 +125,10 @@ class Job:
         self.trainer = Trainer(config, self.hf_config, self.platform)
         if config.run.load is not None:
             self._resume()
-        self.rollouts.connect(self.trainer.hf_weights)
+        self.rollouts.connect(
+            weights=lambda: hosts.share(self.trainer.hf_weights(named_on=hosts.ranks)),
+            version=lambda: self.step,
+        )
         if self.is_main:
             self.logger = self._stack.enter_context(self._make_logger())
             self.trainer.skips.report = self.logger.print
@@ -160,6 +161,15 @@ class Job:
             data.reward_name, num_workers=data.reward_num_workers, time_limit_s=data.reward_time_limit
         )
         self._stack.callback(self.rewards.close)
+        collector = Collector(
+            config, self.rollouts, self.tokenizer, self.dataset.prompts, self.cursor, self.rewards
+        )
+        self.schedule = RolloutSchedule(
+            collector.collect,
+            self.rollouts,
+            steps_ahead=config.rollout.rollout_async_steps,
+            num_steps=config.train.num_steps,
+        )
         self.evaluation = TrainingEvaluation(config, self.tokenizer, self.rewards)
         self._stack.callback(self.evaluation.close)
 
@@ -183,106 +193,57 @@ class Job:
         self.rollouts.lead()
         return True
 
-    def next_prompts(self, count: int | None = None) -> list[Prompt] | None:
-        """The next prompts of the data; `--rollout-batch-size` of them when count is None."""
-        if not self.is_main:
-            return None
-        indices = self.cursor.next(self.config.rollout.rollout_batch_size if count is None else count)
-        return [self.dataset.prompts[i] for i in indices]
+    def rollout(self) -> Rollout | None:
+        """Responses to the next prompts and their rewards; --rollout-async-steps makes them in advance.
 
-    def generate(
-        self, prompts: list[Prompt] | None, extra_round: int = 0
-    ) -> tuple[list[Prompt] | None, list[list[Sample]] | None]:
-        """vLLM's responses; the same for the same seed, step and round of dynamic sampling.
-
-        Returns:
-            (prompts, their groups): a dropped prompt has made room for the next one of the data.
+        Raises:
+            RolloutError: vLLM fails more often than it may.
         """
         if not self.is_main:
-            return None, None
-        seed = self.config.train.seed + self.step + 1_000_003 * extra_round
-        return sample_with_redraws(
-            prompts,
-            sample=lambda prompts, redraw: self._sample(prompts, seed + 7_000_003 * redraw),
-            draw=self.next_prompts,
-        )
-
-    def _sample(self, prompts: list[Prompt], seed: int) -> list[list[Sample]]:
-        rollout = self.config.rollout
-        with self.timer.stage("rollout"):
-            return self.rollouts.generate(
-                [p.token_ids for p in prompts],
-                num_samples=rollout.rollout_num_samples,
-                max_tokens=rollout.rollout_max_response_length,
-                temperature=rollout.rollout_temperature,
-                seed=seed,
-                stop_token_ids=[self.tokenizer.eos_token_id],
-                may_drop=True,
-            )
-
-    def score(self, prompts: list[Prompt] | None, groups: list[list[Sample]] | None) -> list[float] | None:
-        """Rewards of all responses, those of a prompt side by side."""
-        if not self.is_main:
             return None
-        with self.timer.stage("reward"):
-            pairs = [
-                (self.tokenizer.decode(sample.response_ids, skip_special_tokens=True), prompt.answer)
-                for prompt, group in zip(prompts, groups, strict=True)
-                for sample in group
-            ]
-            self.reward_result = self.rewards.score(pairs)
-        if self.reward_result.first_error:
+        if self.config.rollout.rollout_async_steps:
+            with self.timer.stage("rollout"):
+                rollout = self.schedule.next(self.step + 1)
+            self.timer.add("rollout_ahead", sum(rollout.seconds.values()))
+        else:
+            rollout = self.schedule.next(self.step + 1)
+            for stage, seconds in rollout.seconds.items():
+                self.timer.add(stage, seconds)
+        if rollout.rewards.first_error:
             self.logger.print(
-                f"step {self.step + 1}: {self.reward_result.num_errors} reward(s) failed and count as 0; the "
-                f"first: {self.reward_result.first_error}"
+                f"step {rollout.step}: {rollout.rewards.num_errors} reward(s) failed and count as 0; the "
+                f"first: {rollout.rewards.first_error}"
             )
-        return self.reward_result.rewards
+        self.rollout_metrics = rollout.metrics()
+        if self.config.rollout.rollout_async_steps:
+            self.rollout_metrics |= rollout.lag_metrics()
+        return rollout
 
-    def refill(
-        self, groups: list[list[Sample]] | None, rewards: list[float] | None
-    ) -> tuple[list[list[Sample]] | None, list[float] | None]:
-        """With --grpo-dynamic-sampling, groups without variance make room for those of further prompts."""
-        if not self.is_main or not self.config.grpo.grpo_dynamic_sampling:
-            return groups, rewards
-        timeouts, errors = self.reward_result.num_timeouts, self.reward_result.num_errors
-
-        def draw(extra_round: int, count: int) -> tuple[list[list[Sample]], list[float]]:
-            nonlocal timeouts, errors
-            prompts, new_groups = self.generate(self.next_prompts(count), extra_round)
-            new_rewards = self.score(prompts, new_groups)
-            timeouts += self.reward_result.num_timeouts
-            errors += self.reward_result.num_errors
-            return new_groups, new_rewards
-
-        rounds = self.config.grpo.grpo_dynamic_sampling_max_rounds
-        refilled = refill(groups, rewards, draw=draw, max_rounds=rounds)
-        self.reward_result = dataclasses.replace(self.reward_result, num_timeouts=timeouts, num_errors=errors)
-        self.sampling_metrics = refilled.metrics()
-        return refilled.groups, refilled.rewards
-
-    def make_batch(self, groups: list[list[Sample]] | None, rewards: Sequence[float] | None) -> TrainBatch:
+    def make_batch(self, rollout: Rollout | None) -> TrainBatch:
         """Samples and rewards as tensors, on every rank."""
         self.rollouts.assist()
-        batch = None
+        batch, lag = None, 0
         if self.is_main:
-            samples = [sample for group in groups for sample in group]
-            tensor = torch.tensor(rewards)
+            rewards, lag = torch.tensor(rollout.rewards.rewards), max(rollout.lags)
             batch = make_batch(
-                samples, tensor, torch.zeros_like(tensor), multiple=self.trainer.length_multiple
+                rollout.samples, rewards, torch.zeros_like(rewards), multiple=self.trainer.length_multiple
             )
+        self._is_stale = self.rollouts.control.agree(lag) > 0
         return broadcast_batch(batch, self.platform.device)
 
     def compute_logprobs(self, batch: TrainBatch) -> TrainBatch:
         """Log-probs and entropies of the policy (and the reference's); the first call sets the anchor.
 
         Raises:
-            RolloutError: vLLM sampled from another policy than the trainer holds.
+            RolloutError: vLLM sampled from another policy than the trainer holds. (One that is known to be
+                older was compared when vLLM got it.)
         """
         with self.timer.stage("logprob"):
             batch = self.trainer.compute_logprobs(batch)
             if self.trainer.reference is not None:
                 batch = self.trainer.compute_ref_logprobs(batch)
-        self._check_logprobs(batch, "rollout")
+        if not self._is_stale:
+            self._check_logprobs(batch, "rollout")
         if self.entropy_anchor is None or not math.isfinite(self.entropy_anchor):
             self.entropy_anchor = self.trainer.entropy.measure(batch)
         return batch
@@ -305,36 +266,44 @@ class Job:
         return metrics
 
     def update_weights(self) -> None:
-        """Send the policy to vLLM, then see that vLLM computes its log-probs.
+        """Send the policy to vLLM once it has sampled what was under way; see that it computes its log-probs.
 
         Raises:
             RolloutError: vLLM still serves another policy.
         """
+        self.rollouts.lead()
+        if self.is_main:
+            with self.timer.stage("rollout"):
+                self.schedule.settle()
         with self.timer.stage("weight_sync"):
-            self.rollouts.lead()
             batch = None
             if self.is_main:
                 self.rollouts.update_weights()
-                batch = self._sample_check()
+                batch = self.rollouts.run(self._sample_check)
             self.rollouts.assist()
             batch = self.trainer.compute_logprobs(broadcast_batch(batch, self.platform.device))
-            self.weight_sync_diff = self._check_logprobs(batch, "weight update")
+            # Row by row: one server that has other weights must not hide among many.
+            rows = [batch.rows(row, row + 1) for row in range(batch.num_responses)]
+            self.weight_sync_diff = max(self._check_logprobs(row, "weight update") for row in rows)
 
     def _sample_check(self) -> TrainBatch:
-        """A few tokens from vLLM, as the smallest batch that every data-parallel rank has a share of."""
-        # One response for each row.
-        rows = self.trainer.smallest_batch
+        """A few tokens from each vLLM server, in a batch that every data-parallel rank has a share of."""
         prompt = self.dataset.prompts[self.step % len(self.dataset)]
+        # As many requests at once as there are servers: each gets one.
+        servers = self.rollouts.num_servers
         groups = self.rollouts.generate(
-            [prompt.token_ids],
+            [prompt.token_ids] * servers,
+            stream_ids=[0] * servers,
             num_samples=1,
             max_tokens=min(CHECK_TOKENS, self.config.rollout.rollout_max_response_length),
             temperature=self.config.rollout.rollout_temperature,
             seed=self.config.train.seed,
             stop_token_ids=[self.tokenizer.eos_token_id],
         )
+        rows = -(-servers // self.trainer.smallest_batch) * self.trainer.smallest_batch
+        samples = [groups[row % servers][0] for row in range(rows)]
         zeros = torch.zeros(rows)
-        return make_batch(groups[0] * rows, zeros, zeros, multiple=self.trainer.length_multiple)
+        return make_batch(samples, zeros, zeros, multiple=self.trainer.length_multiple)
 
     def _check_logprobs(self, batch: TrainBatch, when: str) -> float:
         return check_logprobs(
@@ -351,7 +320,7 @@ class Job:
         self.rollouts.lead()
         if self.is_main and self.evaluation.is_due(self.step):
             with self.timer.stage("eval"), self._despite_a_full_disk():
-                self.evaluation.run(self.step, self.rollouts, self.logger.print)
+                self.rollouts.run(lambda: self.evaluation.run(self.step, self.rollouts, self.logger.print))
             if self.step == 0:
                 self.timer.pop()  # the first step's times are its own
         self.rollouts.assist()
@@ -389,7 +358,6 @@ class Job:
                 "entropy_top_p": float(batch.top_p_entropy[mask].mean()),
                 "siren/entropy_masked": self.trainer.masked_entropy(batch),
                 self._anchor_name: self.trainer.entropy.target(self.entropy_anchor),
-                **self.sampling_metrics,
                 **self.evaluation.metrics_of(self.step),
                 **metrics,
                 "response_length": tokens / batch.num_responses,
@@ -397,8 +365,7 @@ class Job:
                     (batch.old_logprobs - batch.rollout_logprobs).abs()[mask].max()
                 ),
                 "weight_sync_logprob_diff": self.weight_sync_diff,
-                "reward_timeouts": self.reward_result.num_timeouts,
-                "reward_errors": self.reward_result.num_errors,
+                **self.rollout_metrics,
                 **self.rollouts.pop_counts(),
                 "tokens_per_second": tokens / times["time/step"],
                 **times,
@@ -435,6 +402,7 @@ class Job:
                     "entropy_anchor": self.entropy_anchor,
                     "entropy": self.trainer.entropy.state_dict(),
                     "cursor": self.cursor.state_dict() if self.is_main else None,
+                    "rollouts": [r.state_dict() for r in self.schedule.ready] if self.is_main else None,
                     "config": self.config.flat(),
                 }
             )
@@ -460,6 +428,8 @@ class Job:
         if self.is_main:
             try:
                 self.cursor.load_state_dict(state["cursor"])
+                ready = [Rollout.from_state(one) for one in state.get("rollouts", ())]
+                self.schedule.restore(self.step, ready)
             except ValueError as error:
                 mistake = [str(error)]
         dist.broadcast_object_list(mistake, src=0)

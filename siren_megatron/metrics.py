@@ -86,7 +86,11 @@ class StageTimer:
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
+            self.add(name, self._now() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add seconds that were measured elsewhere to `time/<name>`."""
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def pop(self) -> dict[str, float]:
         """`time/<stage>` of every stage and `time/step` since the last pop, in seconds; starts a new step."""

@@ -7,7 +7,7 @@ length, T = tokens of a packed micro-batch, V = vocabulary, tp and cp = tensor- 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -420,9 +420,9 @@ class Trainer:
         rows = 1 if self.config.train.max_tokens_per_microbatch else self.config.train.micro_batch_size
         return rows * self.dp_group.size() * (self.pp_group.size() if len(self.model) > 1 else 1)
 
-    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """A collective: whole tensors under Hugging Face names, on rank 0 only."""
-        return live.iterate_hf_weights(self.chunks, self.hf_config)
+    def hf_weights(self, named_on: Collection[int] = ()) -> Iterator[tuple[str, Tensor | None]]:
+        """A collective: whole tensors under Hugging Face names on rank 0, the names alone on `named_on`."""
+        return live.iterate_hf_weights(self.chunks, self.hf_config, named_on=named_on)
 
     def export(self, target: Path) -> None:
         """A collective: write the policy as a Hugging Face checkpoint."""

@@ -6,7 +6,7 @@ Legend: tp, pp, ep = tensor-, pipeline- and expert-parallel size.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,11 +154,16 @@ def _gathering_group(experts: bool) -> dist.ProcessGroup | None:
 
 
 @torch.no_grad()
-def iterate_hf_weights(model: Model, hf_config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def iterate_hf_weights(
+    model: Model, hf_config: dict[str, Any], *, named_on: Collection[int] = ()
+) -> Iterator[tuple[str, Tensor | None]]:
     """Whole tensors under their Hugging Face names on rank 0, one parameter at a time.
 
-    A collective: every rank iterates it to its end, and only rank 0 gets items. At most one whole parameter
+    A collective: every rank iterates it to its end, and only rank 0 gets tensors. At most one whole parameter
     is held at a time.
+
+    Args:
+        named_on: ranks that get the names as well, each with None, at the moment when rank 0 has the tensor.
     """
     architecture = Architecture.of(hf_config)
     groups = {experts: _gathering_group(experts) for experts in (False, True)}
@@ -183,6 +188,8 @@ def iterate_hf_weights(model: Model, hf_config: dict[str, Any]) -> Iterator[tupl
                 shards = _hand_over(place, shards, shape, dtype, held)
             if dist.get_rank() == 0:
                 yield from zip(place.sources(), join(place.rule, architecture, shards), strict=True)
+            elif dist.get_rank() in named_on:
+                yield from ((name, None) for name in place.sources())
 
 
 def _gather(place: Parameter, parameter: Tensor, group: dist.ProcessGroup) -> list[Tensor]:

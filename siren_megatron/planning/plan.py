@@ -20,7 +20,7 @@ from siren_megatron.planning.memory_model import (
     total_parameters,
 )
 from siren_megatron.planning.time_model import ASSUMPTIONS, Assumptions, StepTime, Workload, step_time
-from siren_megatron.rollout.placement import parse_devices
+from siren_megatron.rollout.placement import parse_devices, split_devices
 
 RESERVE_GIB = 4.0
 """Left free on each GPU: the CUDA context, NCCL's buffers, the allocator's holes, passing copies."""
@@ -34,7 +34,7 @@ class Cluster:
 
     Args:
         gpu: None where ranks run on CPUs.
-        gpus_per_node: GPUs of a node that the run uses, the server's on the first node included; 0 on CPUs.
+        gpus_per_node: GPUs of a node that the run uses, those of its servers included; 0 on CPUs.
         ranks_per_node: trainer ranks of a node on CPUs.
     """
 
@@ -67,7 +67,7 @@ class Plan:
     Attributes:
         placement: a line for each group of processes.
         memory: (who, bytes on one GPU); empty on CPUs.
-        kv_cache_tokens: tokens that the server's cache holds.
+        kv_cache_tokens: tokens that a server's cache holds.
         refusals: why it cannot run, each naming what to change; empty when it fits.
         time: estimate; None on CPUs.
     """
@@ -112,8 +112,8 @@ class Plan:
             rows.append(f"  {who:26}" + "".join(f"{getattr(memory, n) / GIB:12.1f}" for n in names))
         limit, cache = self.config.train.seq_length, self.kv_cache_tokens
         rows.append(
-            f"  each GPU has {self.cluster.gpu.memory_gib:.1f} GiB; KV cache: {cache:,.0f} tokens, "
-            f"{cache / limit:,.0f} sequences of --seq-length {limit:,}"
+            f"  each GPU has {self.cluster.gpu.memory_gib:.1f} GiB; KV cache of a server: {cache:,.0f} "
+            f"tokens, {cache / limit:,.0f} sequences of --seq-length {limit:,}"
         )
         return rows
 
@@ -152,13 +152,14 @@ def make_plan(
     """Plan a run.
 
     Args:
-        config: its options; the server's GPUs are `--rollout-devices`.
+        config: its options; the servers' GPUs are `--rollout-devices`.
         hf_config: the model's config.json.
 
     Raises:
         ValueError: options that contradict each other or the machines, one line that names the option.
     """
-    text = config.rollout.rollout_devices
+    rollout = config.rollout
+    text = rollout.rollout_devices
     devices = parse_devices(text) if text is not None else ()
     if devices and (max(devices) >= cluster.gpus_per_node or cluster.gpu is None):
         raise ValueError(
@@ -166,21 +167,27 @@ def make_plan(
             "ROLLOUT_GPUS or raise GPUS_PER_NODE"
         )
     first = cluster.gpus_per_node - len(devices) if cluster.gpu else cluster.ranks_per_node
-    other = cluster.gpus_per_node if cluster.gpu else cluster.ranks_per_node
     if first < 1:
         raise ValueError(
-            f"--rollout-devices {text} leaves no GPU of the first node to the trainer: lower ROLLOUT_GPUS"
+            f"--rollout-devices {text} leaves no GPU of a node to the trainer: lower ROLLOUT_GPUS"
         )
     if devices and sorted(devices) != list(range(first, cluster.gpus_per_node)):
         raise ValueError(f"--rollout-devices {text} has to be the last GPUs of the node, {first} and up")
-    world_size = first + (cluster.nodes - 1) * other
+    hosts = cluster.nodes if rollout.rollout_nodes == "all" else 1
+    whole = cluster.gpus_per_node if cluster.gpu else cluster.ranks_per_node
+    ranks = [first if node < hosts else whole for node in range(cluster.nodes)]
+    world_size = sum(ranks)
     check_plan(config, hf_config, world_size)
+    # Of each host; a server that shares a GPU has none of its own.
+    servers = split_devices(text, rollout.rollout_tensor_parallel_size) or [()] * rollout.rollout_num_servers
+    server_gpus = max(1, len(servers[0]))
     architecture = Architecture.of(hf_config)
     work = _workload(config, world_size, lengths or Lengths())
-    memory, kv_tokens, refusals = [], 0.0, _placement_refusals(config, architecture, first, devices, cluster)
+    memory, kv_tokens = [], 0.0
+    refusals = _placement_refusals(config, architecture, cluster, ranks[0], len(servers[0]))
     time = None
     if cluster.gpu is not None:
-        memory, kv_tokens, more = _memory(config, architecture, cluster, work, world_size, devices)
+        memory, kv_tokens, more = _memory(config, architecture, cluster, work, world_size, len(servers[0]))
         refusals += more
         if kv_tokens > 0:
             time = step_time(
@@ -190,9 +197,10 @@ def make_plan(
                 work,
                 world_size=world_size,
                 gpus_per_node=cluster.gpus_per_node,
-                servers=1,
-                server_gpus=max(1, len(devices)),
+                servers=hosts * len(servers),
+                server_gpus=server_gpus,
                 kv_cache_tokens=kv_tokens,
+                overlaps=rollout.rollout_async_steps > 0,
                 assumptions=assumptions,
             )
     return Plan(
@@ -201,7 +209,7 @@ def make_plan(
         cluster,
         work,
         world_size,
-        _placement(cluster, first, other, devices),
+        _placement(cluster, ranks, hosts, servers),
         memory,
         kv_tokens,
         refusals,
@@ -231,34 +239,49 @@ def _workload(config: Config, world_size: int, lengths: Lengths) -> Workload:
     )
 
 
-def _placement(cluster: Cluster, first: int, other: int, devices: tuple[int, ...]) -> list[str]:
-    def ranks(start: int, count: int) -> str:
-        return f"rank {start}" if count == 1 else f"ranks {start}-{start + count - 1}"
+def _placement(cluster: Cluster, ranks: list[int], hosts: int, servers: list[tuple[int, ...]]) -> list[str]:
+    """Lines for each node of which there are few, or few different ones.
+
+    Args:
+        ranks: trainer ranks of each node.
+        hosts: nodes with servers, the first ones.
+        servers: GPUs of each server of a host.
+    """
 
     def gpus(start: int, count: int) -> str:
         if cluster.gpu is None:
             return "CPU"
         return f"GPU {start}" if count == 1 else f"GPUs {start}-{start + count - 1}"
 
-    lines = [f"node 0: {gpus(0, first)}: trainer {ranks(0, first)}; torchrun's store"]
-    if devices:
-        where, size = gpus(min(devices), len(devices)), len(devices)
-        lines.append(f"node 0: {where}: the vLLM server, tensor-parallel {size}, for itself")
+    own = sum(len(server) for server in servers)
+    if len(servers) == 1:
+        what = "the vLLM server" if hosts == 1 else "a vLLM server"
+        size, alone = f", tensor-parallel {own}, ", "for itself"
     else:
-        lines.append(f"node 0: {gpus(0, 1)}: the vLLM server, shared with rank 0 (no sleep and wake yet)")
-    lines.append("node 0: CPU: prompts, rewards, metrics, weight updates (rank 0)")
-    start = first
-    for node in range(1, cluster.nodes):
-        if node in (1, 2, cluster.nodes - 1):
-            lines.append(f"node {node}: {gpus(0, other)}: trainer {ranks(start, other)}")
+        what = f"{len(servers)} vLLM servers"
+        size, alone = f", tensor-parallel {len(servers[0])} each, ", "for themselves"
+    lines, start = [], 0
+    for node, count in enumerate(ranks):
+        if node in (0, 1, 2, cluster.nodes - 1):
+            named = f"rank {start}" if count == 1 else f"ranks {start}-{start + count - 1}"
+            store = "; torchrun's store" if node == 0 else ""
+            lines.append(f"node {node}: {gpus(0, count)}: trainer {named}{store}")
+            if node < hosts and own:
+                lines.append(f"node {node}: {gpus(count, own)}: {what}{size}{alone}")
+            elif node < hosts:
+                lines.append(
+                    f"node {node}: {gpus(0, 1)}: {what}, shared with rank {start} (no sleep and wake yet)"
+                )
+            if node == 0:
+                lines.append("node 0: CPU: prompts, rewards, metrics (rank 0)")
         elif node == 3:
             lines.append("...")
-        start += other
+        start += count
     return lines
 
 
 def _placement_refusals(
-    config: Config, architecture: Architecture, first: int, devices: tuple[int, ...], cluster: Cluster
+    config: Config, architecture: Architecture, cluster: Cluster, first: int, server_gpus: int
 ) -> list[str]:
     reasons = []
     tp = config.parallel.tensor_model_parallel_size
@@ -267,10 +290,10 @@ def _placement_refusals(
             f"the first node has {first} trainer rank(s), no multiple of --tensor-model-parallel-size {tp}: "
             f"a tensor-parallel group would span nodes; choose ROLLOUT_GPUS so that {tp} divides the rest"
         )
-    if devices and architecture.heads % len(devices):
+    if server_gpus and architecture.heads % server_gpus:
         reasons.append(
-            f"ROLLOUT_GPUS {len(devices)} does not divide the model's num_attention_heads "
-            f"{architecture.heads}"
+            f"the number of a vLLM server's GPUs, {server_gpus}, does not divide the model's "
+            f"num_attention_heads {architecture.heads}: choose another ROLLOUT_GPUS or ROLLOUT_TP"
         )
     return reasons
 
@@ -281,7 +304,7 @@ def _memory(
     cluster: Cluster,
     work: Workload,
     world_size: int,
-    devices: tuple[int, ...],
+    server_gpus: int,
 ) -> tuple[list[tuple[str, Memory]], float, list[str]]:
     bf16, parallel, train = config.model.bf16, config.parallel, config.train
     tokens = train.max_tokens_per_microbatch or train.micro_batch_size * train.seq_length
@@ -309,14 +332,14 @@ def _memory(
         rows.append((f"trainer, stage {stage}" if stages > 1 else "trainer", memory))
     share = config.rollout.rollout_gpu_memory_utilization * capacity
     server = Memory(0, 0, 0, 0, 0, vllm=share)
-    if devices:
-        rows.append((f"vLLM ({len(devices)} GPUs)", server))
+    if server_gpus:
+        rows.append((f"vLLM ({server_gpus} GPU{'s' if server_gpus > 1 else ''})", server))
     else:
         rows.append(("rank 0 with vLLM", replace(rows[0][1], vllm=share)))
     for who, memory in rows:
         if memory.total > capacity:
             refusals.append(_too_much(who, memory, capacity, config))
-    count = max(1, len(devices))
+    count = max(1, server_gpus)
     weights = total_parameters(architecture) * (2 if bf16 else 4) / count
     room = (share - weights - VLLM_OVERHEAD_GIB * GIB) * count
     kv_tokens = max(0.0, room / kv_cache_bytes_per_token(architecture, bf16=bf16))
@@ -324,7 +347,7 @@ def _memory(
         refusals.append(
             f"vLLM has {share / GIB:.1f} GiB on each of {count} GPU(s), {weights / GIB:.1f} of them "
             f"weights: no room for the keys and values of one sequence of {train.seq_length} tokens; "
-            "raise ROLLOUT_GPUS" + ("" if devices else " or --rollout-gpu-memory-utilization")
+            "raise ROLLOUT_GPUS" + ("" if server_gpus else " or --rollout-gpu-memory-utilization")
         )
     return rows, kv_tokens, refusals
 

@@ -114,17 +114,20 @@ class Workload:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by stage."""
+    """Seconds of a step by stage; with `overlaps` the rollout of a later step is made during the passes."""
 
     rollout: float
     logprob: float
     train: float
     weight_sync: float
     other: float
+    overlaps: bool = False
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        passes = self.logprob + self.train
+        both = max(self.rollout, passes) if self.overlaps else self.rollout + passes
+        return both + self.weight_sync + self.other
 
 
 def forward_flops_per_token(architecture: Architecture, length: float) -> float:
@@ -284,15 +287,17 @@ def step_time(
     server_gpus: int,
     kv_cache_tokens: float,
     weight_sync_s: float | None = None,
+    overlaps: bool = False,
     assumptions: Assumptions = ASSUMPTIONS,
 ) -> StepTime:
-    """Seconds of one rollout step, its stages one after the other.
+    """Seconds of one rollout step.
 
     Args:
         world_size: trainer ranks.
         servers: vLLM servers of `server_gpus` GPUs each, which share the responses evenly.
         kv_cache_tokens: tokens that one server's cache holds.
         weight_sync_s: seconds of the weight update; None for a run of today, see `Assumptions`.
+        overlaps: `--rollout-async-steps` is not 0; else the stages come one after the other.
     """
     length = work.prompt_length + work.response_length
     forward = training_pass_seconds(
@@ -348,4 +353,5 @@ def step_time(
         train=train + work.optimizer_steps * step,
         weight_sync=weight_sync_s,
         other=assumptions.step_overhead_s,
+        overlaps=overlaps,
     )

@@ -1,4 +1,4 @@
-"""Generation: token ids in, token ids and log-probs out, from the vLLM server of `vllm_server`.
+"""One vLLM server as it is asked for responses: token ids in, token ids and log-probs out.
 
 No tokenizer is involved. This module imports neither vLLM nor Megatron.
 """
@@ -6,15 +6,15 @@ No tokenizer is involved. This module imports neither vLLM nor Megatron.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from siren_megatron.batch import Sample
+from siren_megatron.rollout.balancer import Balancer, prompt_seed
 from siren_megatron.rollout.http_json import bearer, error_text
-from siren_megatron.rollout.server import RolloutError, RolloutServer, ServerFailed
+from siren_megatron.rollout.server import RemoteServer, RolloutError, RolloutServer, ServerFailed
 from siren_megatron.rollout.vllm_command import ServerOptions
 
 __all__ = [
@@ -31,12 +31,6 @@ __all__ = [
 _DROPPED = object()
 
 
-def prompt_seed(seed: int, prompt_index: int) -> int:
-    """Seed of one prompt's request, in [0, 2**62): prompts must not share their random numbers."""
-    digest = hashlib.blake2b(f"{seed}:{prompt_index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2
-
-
 class RolloutClient:
     """Generates responses with a running vLLM server.
 
@@ -51,6 +45,8 @@ class RolloutClient:
 
     Attributes:
         num_retries, num_dropped: requests sent again and prompts given up, so far.
+        num_requests, num_tokens: prompts answered and their response tokens, so far.
+        weight_version: steps of training that the served weights have seen; its samples say so.
     """
 
     def __init__(
@@ -59,7 +55,7 @@ class RolloutClient:
         request_timeout_s: float,
         max_in_flight: int,
         *,
-        server: RolloutServer | None = None,
+        server: RolloutServer | RemoteServer | None = None,
         model: str | None = None,
         api_key: str | None = None,
         request_retries: int = 0,
@@ -72,83 +68,29 @@ class RolloutClient:
         self.request_timeout_s = request_timeout_s
         self.max_in_flight = max_in_flight
         self.request_retries = request_retries
-        self.num_retries = self.num_dropped = 0
-        self._server = server
-        self._model = model if server is None else server.name
-        self._api_key = api_key if server is None else server.api_key
+        self.num_retries = self.num_dropped = self.num_requests = self.num_tokens = 0
+        self.weight_version = 0
+        self._server: RolloutServer | RemoteServer | None = None
+        self._model, self._api_key = model, api_key
+        if server is not None:
+            self.use(server)
+            self.url = url
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        num_samples: int,
-        max_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
-        seed: int,
-        stop_token_ids: Sequence[int],
-        stream_ids: Sequence[int] | None = None,
-        may_drop: bool = False,
-        on_group: Callable[[int, list[Sample]], None] | None = None,
-    ) -> list[list[Sample]]:
-        """Sample num_samples responses to every prompt.
+    def use(self, server: RolloutServer | RemoteServer) -> None:
+        """From now on ask this server of ours; the counts go on."""
+        self.url, self._server = server.url, server
+        self._model, self._api_key = server.name, server.api_key
 
-        The same arguments and weights give the same tokens, up to the last bit of the logits: how vLLM
-        batches the sequences can move a probability by its rounding error.
+    def generate(self, prompts: Sequence[Sequence[int]], **arguments: Any) -> list[list[Sample]]:
+        """`Balancer.generate` with this server alone."""
+        return Balancer([self]).generate(prompts, **arguments)
 
-        Args:
-            prompts: token ids of each prompt.
-            num_samples: responses a prompt.
-            max_tokens: longest response, in tokens.
-            temperature: sampling temperature; 0 = greedy (then num_samples has to be 1).
-            top_p: nucleus of the sampling distribution, in (0, 1].
-            seed: any integer; sample i of prompt k draws from a stream of its own.
-            stop_token_ids: tokens that end a response, as its last token; only max_tokens ends one else.
-            stream_ids: number of each prompt's random stream; None = their positions. A part of a list asked
-                for with the numbers it has there gets what the whole list would give it.
-            may_drop: give up a prompt whose request ran past its time again and again while the server works.
-            on_group: called in this thread with (prompt index, its samples) as soon as a prompt is done,
-                in the order in which prompts finish.
-
-        Returns:
-            One list of num_samples samples a prompt, in the order of prompts; empty for a dropped prompt.
+    def check_prompt(self, index: int, prompt: Sequence[int], max_tokens: int) -> None:
+        """Refuse what the server would change silently or die of.
 
         Raises:
-            ValueError: an argument is out of range.
-            ServerFailed: the server died, or generates nothing any more.
-            RolloutError: it refused a request, gave an unusable answer, or took too long for a prompt that
-                may not be dropped.
+            ValueError: the prompt is empty, too long, or has a token outside the vocabulary.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}; it has to be at least 1")
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens is {max_tokens}; it has to be at least 1")
-        if temperature < 0 or (temperature == 0 and num_samples > 1):
-            raise ValueError(f"temperature is {temperature}; it has to be positive for {num_samples} samples")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p}; it has to be in (0, 1]")
-        for index, prompt in enumerate(prompts):
-            self._check_prompt(index, prompt, max_tokens)
-        common = {
-            "model": self._model,
-            "n": num_samples,
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "stop_token_ids": list(stop_token_ids),
-            "ignore_eos": True,
-            "logprobs": 0,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
-        }
-        streams = range(len(prompts)) if stream_ids is None else stream_ids
-        seeds = [prompt_seed(seed, stream) for stream in streams]
-        if len(seeds) != len(prompts):
-            raise ValueError(f"stream_ids has {len(seeds)} numbers for {len(prompts)} prompts")
-        lists = [list(prompt) for prompt in prompts]
-        return asyncio.run(self._generate(lists, common, seeds, may_drop, on_group))
-
-    def _check_prompt(self, index: int, prompt: Sequence[int], max_tokens: int) -> None:
         if len(prompt) == 0:
             raise ValueError(f"prompt {index} is empty")
         if self._server is None:
@@ -165,77 +107,49 @@ class RolloutClient:
         if min(prompt) < 0 or (vocab_size is not None and max(prompt) >= vocab_size):
             raise ValueError(f"prompt {index} has a token outside the vocabulary, 0 to {vocab_size} - 1")
 
-    async def _generate(
-        self,
-        prompts: list[list[int]],
-        common: dict[str, Any],
-        seeds: Sequence[int],
-        may_drop: bool,
-        on_group: Callable[[int, list[Sample]], None] | None,
-    ) -> list[list[Sample]]:
+    async def answer(self, session: Any, index: int, request: Mapping[str, Any]) -> list[Sample] | None:
+        """The samples of one prompt; None where it took too long, again and again.
+
+        Args:
+            session: an aiohttp session.
+            index: the prompt's number, for messages.
+            request: body of /v1/completions, without the model's name.
+
+        Raises:
+            ServerFailed: the server died, or generates nothing any more; `explain` tells more.
+            RolloutError: it refused the request or gave an unusable answer.
+        """
         import aiohttp
 
-        groups: list[list[Sample]] = [[] for _ in prompts]
-        waiting = iter(enumerate(prompts))
+        version = self.weight_version
+        try:
+            answer = await self._ask_in_time(session, index, {"model": self._model, **request})
+            if answer is _DROPPED:
+                return None
+            samples = parse_completion(answer, tuple(request["prompt"]), request["n"], version)
+        except asyncio.TimeoutError as error:
+            raise ServerFailed(
+                f"a request to {self.url} took longer than {self.request_timeout_s:g} s, and so did one "
+                f"for a single token{self._log_hint()}"
+            ) from error
+        except (aiohttp.ClientError, OSError, json.JSONDecodeError, _BadAnswer) as error:
+            if self._server is None or (isinstance(error, _BadAnswer) and not error.server_failing):
+                raise RolloutError(f"generation failed: {_one_line(error)}{self._log_hint()}") from error
+            raise ServerFailed(_one_line(error)) from error
+        self.num_requests += 1
+        self.num_tokens += sum(len(sample.response_ids) for sample in samples)
+        return samples
 
-        async def worker(session: aiohttp.ClientSession) -> None:
-            for index, prompt in waiting:
-                body = {**common, "prompt": prompt, "seed": seeds[index]}
-                answer = await self._ask_in_time(session, index, body)
-                if answer is _DROPPED:
-                    if not may_drop:
-                        times = 1 + self.request_retries
-                        raise _BadAnswer(
-                            f"prompt {index} took longer than {self.request_timeout_s:g} s, {times} time(s)"
-                        )
-                    self.num_dropped += 1
-                    continue
-                groups[index] = parse_completion(answer, tuple(prompt), common["n"])
-                if on_group is not None:
-                    try:
-                        on_group(index, groups[index])
-                    except Exception as error:
-                        raise _CallbackFailed from error
+    async def watch(self) -> None:
+        """Return once the server has ended; never where its processes are not ours to see."""
+        while self._server is None or self._server.alive():
+            await asyncio.sleep(0.5)
 
-        async def watch_server() -> None:
-            while self._server is None or self._server.alive():
-                await asyncio.sleep(0.5)
-            raise _BadAnswer("the server ended", server_failing=True)
-
-        # A fresh session for every call: an idle connection from the last step may be half closed by now.
-        settings: dict[str, Any] = {
-            # A connection for each request: the server closes idle ones, perhaps just as one is used again.
-            "connector": aiohttp.TCPConnector(limit=0, force_close=True),
-            "timeout": aiohttp.ClientTimeout(total=self.request_timeout_s),
-            "headers": bearer(self._api_key),
-        }
-        async with aiohttp.ClientSession(self.url, **settings) as session:
-            tasks = [
-                asyncio.create_task(worker(session)) for _ in range(min(self.max_in_flight, len(prompts)))
-            ]
-            watcher = asyncio.create_task(watch_server())
-            work = asyncio.gather(*tasks)
-            try:
-                await asyncio.wait([work, watcher], return_when=asyncio.FIRST_COMPLETED)
-                (work if work.done() else watcher).result()
-            except _CallbackFailed as failed:
-                assert failed.__cause__ is not None
-                raise failed.__cause__ from None
-            except asyncio.TimeoutError as error:
-                raise ServerFailed(
-                    f"a request to {self.url} took longer than {self.request_timeout_s:g} s, and so did one "
-                    f"for a single token{self._log_hint()}"
-                ) from error
-            except (aiohttp.ClientError, OSError, json.JSONDecodeError, _BadAnswer) as error:
-                if self._server is None or (isinstance(error, _BadAnswer) and not error.server_failing):
-                    raise RolloutError(f"generation failed: {_one_line(error)}{self._log_hint()}") from error
-                state = await asyncio.to_thread(self._server.describe_death)
-                raise ServerFailed(f"generation failed: {state} ({_one_line(error)})") from error
-            finally:
-                for task in [*tasks, watcher]:
-                    task.cancel()
-                await asyncio.gather(work, watcher, return_exceptions=True)
-        return groups
+    def explain(self, failure: ServerFailed) -> ServerFailed:
+        """What `answer` raised, with how the server ended; waits some seconds for a dying one."""
+        if self._server is None or isinstance(failure.__cause__, TimeoutError):
+            return failure
+        return ServerFailed(f"generation failed: {self._server.describe_death()} ({failure})")
 
     async def _ask_in_time(self, session: Any, index: int, body: dict[str, Any]) -> Any:
         """The answer to one prompt's request, sent again when it takes too long, at last _DROPPED.
@@ -254,7 +168,11 @@ class RolloutClient:
         return _DROPPED
 
     async def _ask(self, session: Any, index: int, body: dict[str, Any]) -> Any:
-        async with session.post("/v1/completions", json=body) as response:
+        import aiohttp
+
+        limit = aiohttp.ClientTimeout(total=self.request_timeout_s)
+        url, headers = f"{self.url}/v1/completions", bearer(self._api_key)
+        async with session.post(url, json=body, headers=headers, timeout=limit) as response:
             answer = await response.json(content_type=None)
             if response.status != 200:
                 refusal = f"HTTP {response.status} for prompt {index}: {error_text(answer)}"
@@ -278,17 +196,13 @@ class _BadAnswer(Exception):
         self.server_failing = server_failing
 
 
-class _CallbackFailed(Exception):
-    """Carries an exception of the caller's on_group past the handling of the server's errors."""
-
-
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text or type(error).__name__
 
 
 def parse_completion(
-    answer: Mapping[str, Any], prompt_ids: tuple[int, ...], num_samples: int
+    answer: Mapping[str, Any], prompt_ids: tuple[int, ...], num_samples: int, weight_version: int = 0
 ) -> list[Sample]:
     """The samples in vLLM's answer to one prompt, in the order of their seeds.
 
@@ -296,6 +210,7 @@ def parse_completion(
         answer: decoded JSON of /v1/completions.
         prompt_ids: the prompt that was asked.
         num_samples: choices that have to be there.
+        weight_version: of the weights that made them.
 
     Raises:
         _BadAnswer: choices are missing, cut short by the server or have no finite log-probs.
@@ -322,5 +237,5 @@ def parse_completion(
             raise _BadAnswer(f"a response has {len(token_ids)} tokens and {len(logprobs)} log-probs")
         if not all(value is not None and math.isfinite(value) for value in logprobs):
             raise _BadAnswer("a response has a log-prob that is not finite: the served weights may be broken")
-        samples.append(Sample(prompt_ids, tuple(token_ids), tuple(logprobs), finish_reason))
+        samples.append(Sample(prompt_ids, tuple(token_ids), tuple(logprobs), finish_reason, weight_version))
     return samples

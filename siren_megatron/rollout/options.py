@@ -7,6 +7,7 @@ import socket
 from dataclasses import dataclass
 
 from siren_megatron.options import option
+from siren_megatron.rollout.placement import split_devices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,15 +16,30 @@ class RolloutOptions:
     rollout_num_samples: int = option(8, "responses of one prompt (the group)", minimum=1)
     rollout_max_response_length: int = option(3072, "most tokens of a response", minimum=1)
     rollout_temperature: float = option(1.0, "sampling temperature", above=0)
-    rollout_max_in_flight: int = option(8, "requests that wait at the server at a time", minimum=1)
+    rollout_max_in_flight: int = option(
+        32, "requests (prompts) that are at each vLLM server at a time", minimum=1
+    )
+    rollout_nodes: str = option(
+        "first", "nodes that have vLLM servers, as many each: the first one, or all", choices=("first", "all")
+    )
+    rollout_num_servers: int = option(1, "vLLM servers of such a node, on CPUs", minimum=1)
+    rollout_async_steps: int = option(
+        0,
+        "steps by which rollouts run ahead: that of step s + k is sampled while step s is trained, and its "
+        "weights are k steps old when it is used; 0 = sampling and training take turns",
+        minimum=0,
+    )
     rollout_kv_cache_mb: int = option(256, "vLLM's KV cache on a CPU, in MiB", minimum=16)
     rollout_gpu_memory_utilization: float = option(
         0.5, "share of a GPU's memory that vLLM takes", above=0, maximum=1
     )
     rollout_devices: str | None = option(
         None,
-        "GPUs of the first node that the vLLM server has for itself, such as 4,5,6,7 (its tensor-parallel "
-        "size is their number); default: it shares the first rank's GPU",
+        "GPUs of each node with vLLM servers that these have for themselves, such as 4,5,6,7; default: one "
+        "server shares the first rank's GPU",
+    )
+    rollout_tensor_parallel_size: int = option(
+        0, "GPUs of --rollout-devices that one vLLM server takes; 0 = all, which makes one server", minimum=0
     )
     rollout_start_timeout: float = option(300.0, "seconds for the server to become ready", above=0)
     rollout_request_timeout: float = option(600.0, "seconds for one generation request", above=0)
@@ -34,10 +50,12 @@ class RolloutOptions:
         20.0, "seconds without an answer to a health check after which vLLM hangs and is killed", above=0
     )
     rollout_max_restarts: int = option(
-        3, "how often a vLLM that died or hangs is started again, in the whole run; 0 = never", minimum=0
+        3, "how often vLLMs that died or hang are started again, all together in a run; 0 = never", minimum=0
     )
     rollout_host: str = option(
-        "127.0.0.1", "address that vLLM listens on; it always asks for a key, but nothing is encrypted"
+        "127.0.0.1",
+        "address that vLLM listens on (with --rollout-nodes all a loopback address stands for the node's own "
+        "on the way to the rendezvous); it always asks for a key, but nothing is encrypted",
     )
     rollout_logprob_tolerance: float = option(
         0.0,
@@ -45,6 +63,23 @@ class RolloutOptions:
         "0 = 0.01 in float32 and 0.5 in bfloat16",
         minimum=0,
     )
+
+
+def check_servers(options: RolloutOptions) -> None:
+    """Refuse servers that contradict each other.
+
+    Raises:
+        ValueError: one line that names the options.
+    """
+    devices, size = options.rollout_devices, options.rollout_tensor_parallel_size
+    if size and devices is None:
+        raise ValueError(f"--rollout-tensor-parallel-size {size} has no meaning without --rollout-devices")
+    if devices is not None and options.rollout_num_servers > 1:
+        raise ValueError(
+            f"--rollout-num-servers {options.rollout_num_servers} contradicts --rollout-devices {devices}: "
+            "--rollout-tensor-parallel-size says how many servers share these GPUs"
+        )
+    split_devices(devices, size)
 
 
 def check_rollout(options: RolloutOptions) -> None:

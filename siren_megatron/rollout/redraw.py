@@ -7,10 +7,12 @@ policy.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
-from siren_megatron.batch import Sample
 from siren_megatron.data.prompts import Prompt
 from siren_megatron.rollout.server import RolloutError
+
+Group = TypeVar("Group")
 
 MAX_REDRAWS = 3
 """How often other prompts are drawn in the place of dropped ones, in one call."""
@@ -19,14 +21,14 @@ MAX_REDRAWS = 3
 def sample_with_redraws(
     prompts: list[Prompt],
     *,
-    sample: Callable[[list[Prompt], int], list[list[Sample]]],
+    sample: Callable[[list[Prompt], int], list[Group | None]],
     draw: Callable[[int], list[Prompt]],
-) -> tuple[list[Prompt], list[list[Sample]]]:
+) -> tuple[list[Prompt], list[Group]]:
     """The responses of as many prompts as are given.
 
     Args:
         prompts: the first to try.
-        sample: (prompts, round counted from 0) -> their groups; an empty one for a prompt that was dropped.
+        sample: (prompts, round counted from 0) -> their groups; None or [] for a prompt that was dropped.
         draw: the next n prompts of the data.
 
     Returns:

@@ -22,6 +22,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,8 @@ class ServerFailed(RolloutError):
     """The server died, hangs or fails by itself: another one may do the same work."""
 
 
-def choose_port(host: str) -> int:
-    """A TCP port of host that is free now.
+def choose_port(host: str, taken: Collection[int] = ()) -> int:
+    """A TCP port of host that is free now and not among those that others are about to bind.
 
     vLLM binds it seconds later, and gloo and NCCL open many connections meanwhile: so it is taken from below
     the range in which the kernel chooses ports for them (32768 and up on Linux).
@@ -54,7 +56,7 @@ def choose_port(host: str) -> int:
         RolloutError: host is no address of this machine, or no port was free.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+    for port in random.SystemRandom().sample(sorted({*range(20000, 32000)}.difference(taken)), 100):
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             try:
                 probe.bind((host, port))
@@ -83,12 +85,39 @@ def make_transfer_dir(parent: Path) -> tuple[Path, int]:
     return directory, lock_fd
 
 
+def _url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@dataclass(frozen=True)
+class RemoteServer:
+    """What another node's rank knows of a RolloutServer: enough to ask it, not to see or end its processes.
+
+    Attributes as those of RolloutServer; the url is for the other nodes.
+    """
+
+    options: ServerOptions
+    url: str
+    api_key: str
+    name: str
+    vocab_size: int | None
+
+    def alive(self) -> bool:
+        """True: its connections break when it ends."""
+        return True
+
+    def describe_death(self) -> str:
+        """One line for an error."""
+        return f"the vLLM server at {self.url} failed; its log: {self.options.log_file}"
+
+
 class RolloutServer:
     """A running vLLM server; make one with `RolloutServer.start(options)`. Also a context manager.
 
     Attributes:
         options: what it was started with.
-        url: "http://host:port".
+        port: where it listens.
+        url: "http://host:port", for this machine.
         api_key: what every request has to carry, new for each server.
         name: the model's name in requests, random, so that another server on the same port is noticed.
         transfer_dir: private directory for weight updates, removed with the server.
@@ -106,9 +135,9 @@ class RolloutServer:
         held_fds: tuple[int, ...],
         log_offset: int,
     ) -> None:
-        self.options = options
+        self.options, self.port = options, port
         host = _ANY_ADDRESS.get(options.host, options.host)
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self.url = _url(host, port)
         self.name, self.api_key = name, api_key
         self.transfer_dir = transfer_dir
         self.vocab_size = json.loads((options.model / "config.json").read_text()).get("vocab_size")
@@ -121,13 +150,16 @@ class RolloutServer:
         self._killed_because = ""
 
     @classmethod
-    def start(cls, options: ServerOptions) -> RolloutServer:
+    def start(cls, options: ServerOptions, taken_ports: Collection[int] = ()) -> RolloutServer:
         """Start vLLM in its own session and return at once; `wait_ready` waits for it.
+
+        Args:
+            taken_ports: of servers that were started a moment ago and may not listen yet.
 
         Raises:
             RolloutError: the process can't be started.
         """
-        port = options.port or choose_port(options.host)
+        port = options.port or choose_port(options.host, taken_ports)
         name, api_key = f"siren-{secrets.token_hex(8)}", secrets.token_urlsafe(32)
         shared_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
         parent = options.transfer_dir or shared_memory
@@ -160,6 +192,15 @@ class RolloutServer:
         finally:
             os.close(read_end)
         return cls(options, process, port, name, api_key, transfer_dir, (write_end, lock_fd), log_offset)
+
+    def remote(self, address: str) -> RemoteServer:
+        """What ranks of other nodes need to ask it.
+
+        Args:
+            address: this node's, for them; used where the server listens on every address.
+        """
+        host = address if self.options.host in _ANY_ADDRESS else self.options.host
+        return RemoteServer(self.options, _url(host, self.port), self.api_key, self.name, self.vocab_size)
 
     @property
     def pid(self) -> int:

@@ -1,60 +1,40 @@
-"""vLLM for a run: one server, its client and its weights, made anew when the server dies or hangs.
+"""vLLM for a run: all its servers, one queue for them, and their weights; failed ones are made anew.
 
-Rank 0 leads. The other ranks wait in `assist` while it generates or updates weights: handing over the policy
-is a collective, and a server that was started again needs the current one, not that of `--hf-checkpoint`.
+Rank 0 leads. The other ranks wait in `assist` while it samples or updates weights: handing over the policy is
+a collective, and a server that was started again needs the current one, not that of `--hf-checkpoint`.
+Sampling runs in a thread of rank 0, which asks the servers of all nodes over HTTP. Collectives are for main
+threads alone: what the sampling thread needs of them waits for `finish`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from siren_megatron.batch import Sample
 from siren_megatron.config import Config
 from siren_megatron.control import Control
-from siren_megatron.rollout.client import (
-    RolloutClient,
-    RolloutError,
-    RolloutServer,
-    ServerFailed,
-    ServerOptions,
-)
-from siren_megatron.rollout.health import HealthMonitor
-from siren_megatron.rollout.placement import server_devices
-from siren_megatron.rollout.weight_sync import WeightPublisher
+from siren_megatron.rollout.balancer import Balancer
+from siren_megatron.rollout.client import RolloutClient
+from siren_megatron.rollout.hosts import Hosts
+from siren_megatron.rollout.node_servers import NodeServers
+from siren_megatron.rollout.server import RemoteServer, RolloutError, RolloutServer, ServerFailed
+from siren_megatron.rollout.vllm_command import ServerOptions
+from siren_megatron.rollout.weight_sync import WeightSyncError
 
-# What rank 0 wants of the others.
-_DONE, _GIVE_WEIGHTS, _ABORT = range(3)
+T = TypeVar("T")
+Weights = Callable[[], Iterator[tuple[str, Tensor]]]
+
+# What rank 0 wants of the others; the last two name a server, or all.
+_DONE, _GIVE_WEIGHTS, _ABORT, _RESTART = range(4)
+_ALL = -1
 _ABORT_S = 10.0
-
-
-def server_options(config: Config, *, on_cpu: bool) -> ServerOptions:
-    """How a run's server is started; for rank 0, on whose machine it is.
-
-    Raises:
-        ValueError: `--rollout-devices` names a GPU that is not there or not free.
-    """
-    rollout = config.rollout
-    return ServerOptions(
-        model=config.model.hf_checkpoint,
-        log_file=config.run.save / "vllm.log",
-        dtype="bfloat16" if config.model.bf16 else "float32",
-        max_model_len=config.train.seq_length,
-        seed=config.train.seed,
-        kv_cache_bytes=rollout.rollout_kv_cache_mb * 2**20 if on_cpu else 0,
-        host=rollout.rollout_host,
-        device="cpu" if on_cpu else "cuda",
-        gpu_memory_utilization=rollout.rollout_gpu_memory_utilization,
-        start_timeout_s=rollout.rollout_start_timeout,
-        **server_devices(
-            rollout.rollout_devices, os.environ, gpus=0 if on_cpu else torch.cuda.device_count()
-        ),
-    )
 
 
 class RolloutService:
@@ -62,8 +42,9 @@ class RolloutService:
 
     Args:
         config: the run's options.
-        options: of the server; None on the ranks that have none.
+        options: of this node's servers, as many on every host; empty on the ranks that host none.
         control: how the ranks talk.
+        hosts: which ranks have servers.
         is_main: whether this is rank 0.
         report: prints a line for the user.
     """
@@ -71,26 +52,26 @@ class RolloutService:
     def __init__(
         self,
         config: Config,
-        options: ServerOptions | None,
+        options: Sequence[ServerOptions],
         control: Control,
         *,
+        hosts: Hosts,
         is_main: bool,
         report: Callable[[str], None] = print,
     ) -> None:
-        self._config, self._options, self._report = config.rollout, options, report
-        self.control = control
+        self._config, self._report = config.rollout, report
+        self.control, self._hosts = control, hosts
         self._is_main = is_main
         self._others_wait = False
         self._restarts = 0
-        self._counted = (0, 0, 0)
-        self._retries_before = self._drops_before = 0
-        self._weights: Callable[[], Iterator[tuple[str, Tensor]]] | None = None
-        self._server: RolloutServer | None = None
-        self._client: RolloutClient | None = None
-        self._publisher: WeightPublisher | None = None
-        self._monitor: HealthMonitor | None = None
-        if is_main:
-            self._server = RolloutServer.start(options)
+        self._counted: dict[str, float] = {}
+        self._clients: list[RolloutClient] = []
+        self._balancer = Balancer(self._clients, self._want_replacement)
+        # Of the thread that samples: (server, its failure, reply), and None at its end.
+        self._wanted: queue.SimpleQueue[tuple[int, ServerFailed, Future[None]] | None] = queue.SimpleQueue()
+        self._servers: NodeServers | None = None
+        if hosts.node is not None:
+            self._servers = NodeServers(options, self._config.rollout_health_timeout)
 
     def __enter__(self) -> RolloutService:
         return self
@@ -101,27 +82,36 @@ class RolloutService:
             abort = threading.Thread(target=self._abort, daemon=True)
             abort.start()
             abort.join(_ABORT_S)
-        self._stop()
+        if self._servers is not None:
+            self._servers.stop()
 
-    def connect(self, weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
-        """On every rank: from now on the service can be used; rank 0 waits for the server.
+    def connect(self, weights: Weights, version: Callable[[], int]) -> None:
+        """On every rank: from now on the service can be used; waits for the servers.
 
         Args:
-            weights: a collective that gives the policy's tensors under Hugging Face names on rank 0.
+            weights: a collective that gives the policy's tensors under Hugging Face names on every host.
+            version: training steps that these tensors have seen.
 
         Raises:
-            RolloutError: the server does not start; a first start is not tried twice.
+            RolloutError: a server does not start; a first start is not tried twice.
         """
-        self._weights = weights
+        self._weights, self._version = weights, version
+        outcome = self._attempt(self._connect) if self._servers is not None else []
+        outcomes = self._outcomes(outcome)
         if self._is_main:
-            self._connect()
+            remote = (server for found in outcomes[1:] for server in found)
+            self._clients += [self._client(server) for server in [*self._servers, *remote]]
+        elif isinstance(outcome, Exception):
+            raise SystemExit(1)  # rank 0 tells why
+
+    # ---------------------------------------------------------------- the ranks together
 
     def lead(self) -> None:
         """On every rank: rank 0 now leads, and the others go on to `assist`."""
         self._others_wait = self._is_main
 
     def assist(self) -> None:
-        """On the other ranks: give the policy's weights as often as rank 0 wants them, until it releases.
+        """On the other ranks: do what rank 0 wants, as often as it wants it, until it releases.
 
         On rank 0 it releases the others.
         """
@@ -129,113 +119,145 @@ class RolloutService:
             self._others_wait = False
             self.control.tell(_DONE)
             return
-        while (command := self.control.hear()) != _DONE:
+        while True:
+            command, server = self.control.hear()
+            if command == _DONE:
+                return
             if command == _ABORT:
                 raise SystemExit(1)
-            for _ in self._weights():
-                pass
+            if command == _RESTART:
+                self._start_again(server)
+            else:
+                self._give_weights(server)
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        num_samples: int,
-        max_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
-        seed: int,
-        stop_token_ids: Sequence[int],
-        stream_ids: Sequence[int] | None = None,
-        may_drop: bool = False,
-        on_group: Callable[[int, list[Sample]], None] | None = None,
-    ) -> list[list[Sample]]:
-        """On rank 0, while the others assist: `RolloutClient.generate`, whatever happens to the server.
+    # ---------------------------------------------------------------- sampling, on rank 0
 
-        What a failed server has finished is kept; the rest is sent to its successor with the same seeds.
+    @property
+    def num_servers(self) -> int:
+        """On rank 0: servers of all nodes."""
+        return len(self._clients)
+
+    def start(self, work: Callable[[], T]) -> Future[T]:
+        """On rank 0: run `work`, which calls `generate`, in a thread. `finish` it before the next one."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+            finally:
+                self._wanted.put(None)
+
+        threading.Thread(target=run, name="rollout", daemon=True).start()
+        return future
+
+    def finish(self, future: Future[T]) -> T:
+        """On rank 0, while the others assist: what the work gives; meanwhile failed servers are replaced.
 
         Raises:
-            RolloutError: a request was refused, or the server failed more often than it may.
+            RolloutError: the servers failed more often than they may.
+            Exception: what the work raised.
         """
-        groups: dict[int, list[Sample]] = {}
-        streams = list(range(len(prompts)) if stream_ids is None else stream_ids)
-        while True:
-            missing = [k for k in range(len(prompts)) if k not in groups]
-
-            def keep(position: int, samples: list[Sample], missing: list[int] = missing) -> None:
-                groups[missing[position]] = samples
-                if on_group is not None:
-                    on_group(missing[position], samples)
-
+        while (wanted := self._wanted.get()) is not None:
+            server, failure, reply = wanted
+            if not reply.set_running_or_notify_cancel():
+                continue  # the call that wanted it failed for another reason
             try:
-                got = self._client.generate(
-                    [prompts[k] for k in missing],
-                    num_samples=num_samples,
-                    max_tokens=max_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                    seed=seed,
-                    stop_token_ids=stop_token_ids,
-                    stream_ids=[streams[k] for k in missing],
-                    may_drop=may_drop,
-                    on_group=keep,
-                )
-            except ServerFailed as failure:
-                self._restart(failure)
+                self._replace(server, failure)
+            except Exception as error:
+                reply.set_exception(error)
             else:
-                groups.update(zip(missing, got, strict=True))
-                return [groups[k] for k in range(len(prompts))]
+                reply.set_result(None)
+        return future.result()
+
+    def run(self, work: Callable[[], T]) -> T:
+        """On rank 0, while the others assist: `start` and `finish`."""
+        return self.finish(self.start(work))
+
+    def generate(self, prompts: Sequence[Sequence[int]], **arguments: Any) -> list[list[Sample]]:
+        """In the thread that samples: `Balancer.generate`, whatever happens to the servers.
+
+        What a failed server has not finished goes to the others at once, with the same seeds.
+
+        Raises:
+            RolloutError: a request was refused, or the servers failed more often than they may.
+        """
+        return self._balancer.generate(prompts, **arguments)
 
     def update_weights(self) -> None:
-        """On rank 0, while the others assist: send the policy to the server.
+        """On rank 0, while the others assist and nothing is sampled: send the policy to the servers.
 
         Raises:
-            RolloutError: the server failed more often than it may.
+            RolloutError: the servers failed more often than they may.
             WeightSyncError: the policy's tensors do not fit.
         """
-        try:
-            self._publish()
-        except ServerFailed as failure:
-            self._restart(failure)
+        self._publish(_ALL)
 
     def pop_counts(self) -> dict[str, float]:
-        """On rank 0: restarts, requests sent again and prompts dropped since the last call."""
-        now = (
-            self._restarts,
-            self._retries_before + self._client.num_retries,
-            self._drops_before + self._client.num_dropped,
-        )
-        counts = [float(a - b) for a, b in zip(now, self._counted, strict=True)]
+        """On rank 0: what happened since the last call.
+
+        Restarts, requests sent again, prompts dropped; of several servers each one's requests and response
+        tokens; the mean seconds that a prompt waited for a server to have room.
+        """
+        clients = self._clients
+        now = {
+            "rollout_restarts": self._restarts,
+            "rollout_retries": sum(client.num_retries for client in clients),
+            "rollout_dropped": sum(client.num_dropped for client in clients),
+        }
+        if len(clients) > 1:
+            for k, client in enumerate(clients):
+                now |= {
+                    f"rollout_requests/{k}": client.num_requests,
+                    f"rollout_tokens/{k}": client.num_tokens,
+                }
+        now |= {"waits": self._balancer.num_waits, "time/rollout_queue": self._balancer.wait_s}
+        counts = {name: float(value - self._counted.get(name, 0)) for name, value in now.items()}
         self._counted = now
-        return dict(zip(("rollout_restarts", "rollout_retries", "rollout_dropped"), counts, strict=True))
+        counts["time/rollout_queue"] /= max(1.0, counts.pop("waits"))
+        return counts
 
-    def _connect(self) -> None:
-        self._server.wait_ready()
-        rollout = self._config
-        if self._client is not None:
-            self._retries_before += self._client.num_retries
-            self._drops_before += self._client.num_dropped
-        self._client = RolloutClient(
-            self._server.url,
-            rollout.rollout_request_timeout,
-            rollout.rollout_max_in_flight,
-            server=self._server,
-            request_retries=rollout.rollout_request_retries,
-        )
-        self._monitor = HealthMonitor(self._server, rollout.rollout_health_timeout)
-        self._publisher = WeightPublisher(self._server)
-        self._publisher.init()
+    # ---------------------------------------------------------------- weights and failures
 
-    def _publish(self) -> None:
-        self.control.tell(_GIVE_WEIGHTS)
-        weights = self._weights()
+    def _publish(self, server: int) -> None:
+        """The current weights to a server or to all, until each of them has them."""
+        while failed := self._tell_to_give_weights(server):
+            for k, why in failed.items():
+                self._restart(k, ServerFailed(why))
+        for client in self._clients if server == _ALL else [self._clients[server]]:
+            client.weight_version = self._version()
+
+    def _tell_to_give_weights(self, server: int) -> dict[int, str]:
+        """Why each server that failed did."""
+        self.control.tell(_GIVE_WEIGHTS, server)
+        failed = enumerate(self._give_weights(server))
+        return {n * len(self._servers) + k: why for n, of_node in failed for k, why in of_node.items()}
+
+    def _give_weights(self, server: int) -> list[Any]:
+        """On every rank; on rank 0 which servers failed and why, host by host."""
+        weights, outcome = self._weights(), {}
         try:
-            self._publisher.update(weights)
+            if self._servers is not None:
+                node, only = divmod(server, len(self._servers)) if server != _ALL else (None, None)
+                if node in (None, self._hosts.node):
+                    outcome = self._attempt(lambda: self._servers.publish(weights, only))
         finally:
-            for _ in weights:  # the other ranks are in it, whatever became of the server
+            for _ in weights:  # the other ranks are in it, whatever became of the servers
                 pass
+        return self._outcomes(outcome)
 
-    def _restart(self, failure: RolloutError) -> None:
+    def _want_replacement(self, server: int, failure: ServerFailed) -> Future[None]:
+        reply: Future[None] = Future()
+        self._wanted.put((server, failure, reply))
+        return reply
+
+    def _replace(self, server: int, failure: RolloutError) -> None:
         """Another server with the current weights in place of the failed one; the others assist."""
+        self._restart(server, failure)
+        self._publish(server)
+
+    def _restart(self, server: int, failure: RolloutError) -> None:
         most = self._config.rollout_max_restarts
         while True:
             if self._restarts == most:
@@ -244,22 +266,75 @@ class RolloutService:
                 )
             self._restarts += 1
             self._report(f"{failure}; starting vLLM again ({self._restarts} of at most {most} times)")
+            if server >= len(self._servers):
+                self.control.tell(_RESTART, server)
             try:
-                self._stop()
-                self._server = RolloutServer.start(self._options)
-                self._connect()
-                self._publish()
+                self._clients[server].use(self._start_again(server))
                 return
             except RolloutError as next_failure:
                 failure = next_failure
 
+    def _start_again(self, server: int) -> RolloutServer | RemoteServer | None:
+        """On rank 0 and, where the server is another node's, on all ranks: the new server, on rank 0.
+
+        Raises:
+            RolloutError: on rank 0, the server does not start.
+        """
+        if self._servers is None:
+            self._outcomes(None)
+            return None
+        node, index = divmod(server, len(self._servers))
+        if node == 0 and self._is_main:
+            self._servers.restart(index)
+            return self._servers[index]
+
+        def restart() -> RemoteServer:
+            self._servers.restart(index)
+            return self._servers.remote()[index]
+
+        outcomes = self._outcomes(self._attempt(restart) if node == self._hosts.node else None)
+        return outcomes[node] if self._is_main else None
+
+    # ---------------------------------------------------------------- the hosts
+
+    def _connect(self) -> list[RemoteServer]:
+        self._servers.connect()
+        return [] if self._is_main else self._servers.remote()
+
+    def _client(self, server: RolloutServer | RemoteServer) -> RolloutClient:
+        rollout = self._config
+        return RolloutClient(
+            server.url,
+            rollout.rollout_request_timeout,
+            rollout.rollout_max_in_flight,
+            server=server,
+            request_retries=rollout.rollout_request_retries,
+        )
+
+    def _attempt(self, act: Callable[[], T]) -> T | RolloutError | WeightSyncError:
+        """What it gives, or its error as one that can be sent to rank 0."""
+        try:
+            return act()
+        except RolloutError as error:
+            return RolloutError(str(error))
+        except WeightSyncError as error:
+            return WeightSyncError(str(error))
+
+    def _outcomes(self, outcome: Any) -> list[Any]:
+        """What `_attempt` gave on each host, on rank 0; a collective of all ranks where there are several.
+
+        Raises:
+            RolloutError or WeightSyncError: on rank 0, the first host's that has one.
+        """
+        gathered = self.control.gather(outcome) if self._hosts.several else {0: outcome}
+        if not self._is_main:
+            return []
+        outcomes = [gathered[rank] for rank in self._hosts.ranks]
+        for one in outcomes:
+            if isinstance(one, Exception):
+                raise one
+        return outcomes
+
     def _abort(self) -> None:
         with contextlib.suppress(RuntimeError):  # they are gone already
             self.control.tell(_ABORT)
-
-    def _stop(self) -> None:
-        if self._monitor is not None:
-            self._monitor.close()
-            self._monitor = None
-        if self._server is not None:
-            self._server.stop()

@@ -1,4 +1,4 @@
-"""Trainer's side of a weight update: full Hugging Face tensors -> shared memory -> the running vLLM server.
+"""Trainer's side of a weight update: full Hugging Face tensors -> shared memory -> the running vLLM servers.
 
 The tensors stream: at most one chunk (a safetensors file in shared memory) is under way at a time, so the
 model is never whole in memory a second time. `vllm_worker` is the other end. This module imports no vLLM.
@@ -10,7 +10,8 @@ import http.client
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,19 @@ from siren_megatron.rollout.server import RolloutServer, ServerFailed
 
 
 class WeightSyncError(RuntimeError):
-    """The server's weights could not be replaced: it stays paused, and another complete update is needed."""
+    """The weights could not be replaced: the servers stay paused, and another complete update is needed."""
 
 
 class ServerSyncFailed(WeightSyncError, ServerFailed):
-    """They could not be replaced because the server died, hangs or fails by itself."""
+    """They could not be replaced because a server died, hangs or fails by itself.
+
+    Attributes:
+        servers: those that failed; the others take a complete update as if nothing had happened.
+    """
+
+    def __init__(self, message: str, servers: Sequence[RolloutServer] = ()) -> None:
+        super().__init__(message)
+        self.servers = tuple(servers)
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class UpdateStats:
     """What one update moved.
 
     Args:
-        bytes: size of all tensors, in bytes.
+        bytes: size of all tensors, in bytes; counted once, however many servers there are.
         seconds: wall time from pausing to resuming, the caller's making of the tensors included.
         num_tensors: tensors sent.
     """
@@ -61,41 +70,50 @@ def checkpoint_shapes(model: Path) -> dict[str, tuple[int, ...]]:
 
 
 class WeightPublisher:
-    """Replaces the weights of a running RolloutServer; one per server, in one process of the trainer.
+    """Replaces the weights of running RolloutServers; one in the whole run, in one process of the trainer.
+
+    Each chunk is written once and loaded by all servers side by side. All of them are paused before the first
+    chunk and none resumes before the last has everything: no two generate with different weights.
 
     Args:
-        server: the server, ready.
+        servers: at least one, ready, with the same model and dtype, on this machine.
         chunk_bytes: size from which a chunk is sent, in bytes; a larger single tensor is a chunk of its own.
         timeout_s: seconds that any single call may take, waiting for running requests included.
     """
 
     def __init__(
-        self, server: RolloutServer, *, chunk_bytes: int = 512 * 2**20, timeout_s: float = 300.0
+        self,
+        servers: Sequence[RolloutServer],
+        *,
+        chunk_bytes: int = 512 * 2**20,
+        timeout_s: float = 300.0,
     ) -> None:
         if chunk_bytes <= 0:
             raise ValueError(f"chunk_bytes is {chunk_bytes}; it has to be positive")
         if timeout_s <= 0:
             raise ValueError(f"timeout_s is {timeout_s}; it has to be positive")
-        self._server = server
+        self._servers = tuple(servers)
         self._chunk_bytes = chunk_bytes
         self._timeout_s = timeout_s
-        self._shapes = checkpoint_shapes(server.options.model)
-        self._dtype = getattr(torch, server.options.dtype)
+        options = self._servers[0].options
+        self._shapes = checkpoint_shapes(options.model)
+        self._dtype = getattr(torch, options.dtype)
         self._chunks_written = 0
 
     def init(self) -> None:
         """Set up vLLM's end; call it once, before the first update.
 
         Raises:
-            ServerSyncFailed: the server refused or does not answer.
+            ServerSyncFailed: a server refused or does not answer.
         """
         self._post("/init_weight_transfer_engine", {"init_info": {}})
 
     def update(self, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> UpdateStats:
         """Replace all weights: pause, send, reset the prefix cache, resume.
 
-        On failure the server stays paused: it must not generate with half of the new weights. The next
-        successful update puts it right.
+        On failure the servers stay paused: none may generate with half of the new weights. The next
+        successful update puts them right. (Only after the last chunk is in force everywhere can a server fail
+        while the others go on: they have the new weights.)
 
         Args:
             named_tensors: every tensor of the checkpoint, full (unsharded), under its Hugging Face name, on
@@ -104,7 +122,7 @@ class WeightPublisher:
 
         Raises:
             WeightSyncError: a tensor is unknown, missing or of another shape, or shared memory is full.
-            ServerSyncFailed: the server failed, died or took longer than timeout_s.
+            ServerSyncFailed: a server failed, died or took longer than timeout_s.
         """
         started = time.monotonic()
         self._post("/pause?mode=wait")
@@ -157,7 +175,7 @@ class WeightPublisher:
             )
 
     def _send_chunk(self, chunk: dict[str, torch.Tensor], size: int) -> None:
-        directory = self._server.transfer_dir
+        directory = self._servers[0].transfer_dir
         # A new name each time: vLLM may still have the last file mapped, and truncating that would crash it.
         path = directory / f"{self._chunks_written:06d}.safetensors"
         self._chunks_written += 1
@@ -178,26 +196,38 @@ class WeightPublisher:
             path.unlink(missing_ok=True)
 
     def _abort(self) -> None:
-        """Close vLLM's update session, so that the next update can start one. It answers with an error."""
-        try:
-            self._server.request("POST", "/update_weights", {"update_info": {"abort": True}}, timeout_s=10.0)
-        except (OSError, http.client.HTTPException):
-            pass  # the server is gone or hangs: the error that brought us here says so
+        """Close vLLM's update sessions, so that the next update can start some. They answer with an error."""
+
+        def abort(server: RolloutServer) -> None:
+            try:
+                server.request("POST", "/update_weights", {"update_info": {"abort": True}}, timeout_s=10.0)
+            except (OSError, http.client.HTTPException):
+                pass  # this server is gone or hangs: the error that brought us here says so
+
+        with ThreadPoolExecutor(len(self._servers)) as pool:
+            list(pool.map(abort, self._servers))
 
     def _post(self, path: str, body: Any = None) -> None:
+        """The same call to all servers side by side; returns when every one has answered."""
+        with ThreadPoolExecutor(len(self._servers)) as pool:
+            errors = list(pool.map(lambda server: self._post_one(server, path, body), self._servers))
+        failed = [(server, e) for server, e in zip(self._servers, errors, strict=True) if e is not None]
+        if failed:
+            servers, reasons = zip(*failed, strict=True)
+            raise ServerSyncFailed("; ".join(reasons), servers)
+
+    def _post_one(self, server: RolloutServer, path: str, body: Any) -> str | None:
+        """None, or why it failed."""
+        log_file = server.options.log_file
         try:
-            status, answer = self._server.request("POST", path, body, timeout_s=self._timeout_s)
-        except TimeoutError as error:
-            raise ServerSyncFailed(
-                f"{path} took longer than {self._timeout_s:g} s; vLLM's log: {self._server.options.log_file}"
-            ) from error
+            status, answer = server.request("POST", path, body, timeout_s=self._timeout_s)
+        except TimeoutError:
+            return f"{path} took longer than {self._timeout_s:g} s; vLLM's log: {log_file}"
         except (OSError, http.client.HTTPException) as error:
-            raise ServerSyncFailed(f"{path} failed: {self._server.describe_death()} ({error!r})") from error
+            return f"{path} failed: {server.describe_death()} ({error!r})"
         if status != 200:
-            raise ServerSyncFailed(
-                f"{path} failed: HTTP {status}: {error_text(answer)}; "
-                f"vLLM's log: {self._server.options.log_file}"
-            )
+            return f"{path} failed: HTTP {status}: {error_text(answer)}; vLLM's log: {log_file}"
+        return None
 
 
 def _compact(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -69,8 +69,7 @@ def proxy_that_swallows(count: int, url: str) -> str:
 def install_faults() -> None:
     """Patch the stages of a run; needs the platform, so it comes with the first import of the job."""
     from siren_megatron import job
-    from siren_megatron.rollout import client as rollout
-    from siren_megatron.rollout import weight_sync
+    from siren_megatron.rollout import service, weight_sync
 
     step_of = {"now": 0}
     pending = {int(step): fault for step, fault in FAULTS.items()}
@@ -86,36 +85,38 @@ def install_faults() -> None:
 
     job.Job.goes_on = counting_goes_on
 
-    generate = rollout.RolloutClient.generate
+    generate = service.RolloutService.generate
 
     def generate_with_faults(self, prompts, *, on_group=None, **options):
         # Not the check after a weight update, which is one prompt.
         fault = due("kill the engine", "stop the engine", *SWALLOWED) if len(prompts) > 1 else None
-        url = self.url
+        client, url = self._clients[0], self._clients[0].url
         if fault in SWALLOWED:
-            self.url = proxy_that_swallows(SWALLOWED[fault], url)
+            client.url = proxy_that_swallows(SWALLOWED[fault], url)
 
         def first_group(index, samples):
             nonlocal fault
             if fault in ("kill the engine", "stop the engine"):
-                engine_of(self._server).send_signal(
+                engine_of(client._server).send_signal(
                     signal.SIGKILL if fault == "kill the engine" else signal.SIGSTOP
                 )
                 fault = None
-            on_group(index, samples)
+            if on_group is not None:
+                on_group(index, samples)
 
         try:
             return generate(self, prompts, on_group=first_group, **options)
         finally:
-            self.url = url
+            if fault in SWALLOWED:
+                client.url = url
 
-    rollout.RolloutClient.generate = generate_with_faults
+    service.RolloutService.generate = generate_with_faults
 
     send_chunk = weight_sync.WeightPublisher._send_chunk
 
     def send_chunk_with_faults(self, chunk, size):
         if due("kill the API server in an update"):
-            api_server_of(self._server).send_signal(signal.SIGKILL)
+            api_server_of(self._servers[0]).send_signal(signal.SIGKILL)
         send_chunk(self, chunk, size)
 
     weight_sync.WeightPublisher._send_chunk = send_chunk_with_faults

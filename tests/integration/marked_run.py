@@ -27,14 +27,14 @@ def main() -> None:
 
     platform.install()
     from siren_megatron.checkpointing import writer as checkpoint_writer
-    from siren_megatron.job import Job
+    from siren_megatron.collector import Collector
     from siren_megatron.trainer import Trainer
 
-    generate, optimizer_step, write = Job.generate, Trainer.optimizer_step, checkpoint_writer._write
+    collect, optimizer_step, write = Collector.collect, Trainer.optimizer_step, checkpoint_writer._write
 
-    def marked_generate(self, *args, **kwargs):
-        mark("rollout", self.step + 1)
-        return generate(self, *args, **kwargs)
+    def marked_collect(self, step):
+        mark("rollout", step)
+        return collect(self, step)
 
     def marked_optimizer_step(self, *args, **kwargs):
         if kwargs["index"] == 1:
@@ -49,7 +49,7 @@ def main() -> None:
             signal.pause()
         return written
 
-    Job.generate, Trainer.optimizer_step = marked_generate, marked_optimizer_step
+    Collector.collect, Trainer.optimizer_step = marked_collect, marked_optimizer_step
     checkpoint_writer._write = marked_write
     pretrain_siren.main()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,27 @@ def test_killed_and_resumed_is_never_killed(tmp_path):
         }
         assert not different and ours.keys() == theirs.keys(), f"step {theirs['step']}: {different}"
     assert len({row["loss/policy"] for row in expected}) == STEPS, "the steps differ"
+
+
+def test_rollouts_that_were_sampled_ahead_survive(tmp_path):
+    """With --rollout-async-steps a checkpoint holds the next rollout, by weights that are gone."""
+    checkpoint = REPOSITORY / "runs" / "toy-countdown"
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    ahead = {"rollout_async_steps": 1, "rollout_correction": "token-truncate"}
+    ahead |= {"num_steps": 4, "save_interval": 2}
+    done = run_job(options(checkpoint, whole, **ahead))
+    assert done.returncode == 0, done.stderr[-3000:]
+    # What a run that is killed in its third step leaves.
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "step_000004")
+    (cut / "checkpoints" / "latest").write_text("step_000002\n")
+    done = run_job(options(checkpoint, cut, load=cut, **ahead))
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected, got = rows_without_times(whole), rows_without_times(cut)
+    assert got == expected
+    assert [row["rollout_weight_lag/max"] for row in got] == [0, 1, 1, 1]
+    assert got[0]["rollout_logprob_diff"] < 1e-4 < got[2]["rollout_logprob_diff"], "older weights sampled"
+    assert max(row["weight_sync_logprob_diff"] for row in got) < 1e-4
 
 
 def test_a_full_disk_ends_the_run_with_one_line(tmp_path):

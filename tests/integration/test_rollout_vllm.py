@@ -122,7 +122,7 @@ class Served:
     def ready(self) -> None:
         self.server.wait_ready()
         # Chunks of 4 KiB: an update is some twenty files, and q, k and v come in different ones.
-        self.publisher = WeightPublisher(self.server, chunk_bytes=4096, timeout_s=60.0)
+        self.publisher = WeightPublisher([self.server], chunk_bytes=4096, timeout_s=60.0)
         self.publisher.init()
 
     def generate(self, *, temperature=1.0, seed=0, prompts=PROMPTS, num_samples=4, max_tokens=12, **more):

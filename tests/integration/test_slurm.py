@@ -53,6 +53,7 @@ def variables(checkpoint: Path, run: Path, **more: object) -> dict[str, str]:
         "PYTHON": sys.executable,
         "GPUS_PER_NODE": 0,
         "NODES": 2,
+        "ROLLOUT_NODES": "first",
         "SAVE_INTERVAL": 1,
         "OMP_NUM_THREADS": 1,
         **more,
@@ -123,11 +124,18 @@ def check_whole_run(cluster: Cluster, run: Path, steps: int) -> None:
 
 
 def test_a_layer_cut_over_two_nodes_survives_a_killed_step_and_a_lost_node(cluster, toy_checkpoint, tmp_path):
-    """`bash SCRIPT` submits itself. A node's processes are killed, then SLURM is told that a node is down."""
+    """`bash SCRIPT` submits itself. A node's processes are killed, then SLURM is told that a node is down.
+
+    Each node has a vLLM server, started by its own rank.
+    """
     run, steps = tmp_path / "run", 8
     submitted = cluster.run(
-        "bash", str(SCRIPT), *TOY, **variables(toy_checkpoint, run, TP=2, NUM_STEPS=steps)
+        "bash",
+        str(SCRIPT),
+        *TOY,
+        **variables(toy_checkpoint, run, TP=2, NUM_STEPS=steps, ROLLOUT_NODES="all"),
     ).stdout
+    assert "node 1: CPU: a vLLM server, shared with rank 1" in submitted
     assert "node 1: CPU: trainer rank 1" in submitted and "verdict    it fits" in submitted
     job = int(re.search(r"submitted: job (\d+)", submitted)[1])
     log = run / "logs" / f"job-{job}.out"
@@ -162,7 +170,10 @@ def test_a_layer_cut_over_two_nodes_survives_a_killed_step_and_a_lost_node(clust
     for attempt in (f"{job}.0", f"{job}.2"):
         nodes = [run / "logs" / attempt / node for node in ("node0", "node1")]
         assert [len(list(node.rglob("stdout.log"))) for node in nodes] == [1, 1]
-    assert (run / "train" / "vllm.log").is_file()
+    assert all((run / "train" / f"vllm-{node}-0.log").is_file() for node in (0, 1))
+    for row in read_metrics(run / "train" / "metrics.jsonl"):
+        assert row["rollout_requests/0"] + row["rollout_requests/1"] >= 8 + 1, "the last is the check's"
+        assert row["rollout_requests/1"] > 0, "rank 0 asks the other node's server"
     check_whole_run(cluster, run, steps)
 
 

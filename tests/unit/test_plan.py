@@ -125,6 +125,28 @@ def test_servers_of_one_node_and_ranks_of_several():
     ]
 
 
+def test_servers_on_every_node():
+    options = {"rollout_nodes": "all", "rollout_tensor_parallel_size": 2}
+    plan = make_plan(config(**options), MATH_7B, Cluster(2, 8, H100))
+    assert plan.world_size == 8 and plan.refusals == []
+    assert plan.placement == [
+        "node 0: GPUs 0-3: trainer ranks 0-3; torchrun's store",
+        "node 0: GPUs 4-7: 2 vLLM servers, tensor-parallel 2 each, for themselves",
+        "node 0: CPU: prompts, rewards, metrics (rank 0)",
+        "node 1: GPUs 0-3: trainer ranks 4-7",
+        "node 1: GPUs 4-7: 2 vLLM servers, tensor-parallel 2 each, for themselves",
+    ]
+    one = make_plan(config(), MATH_7B, Cluster(2, 8, H100))
+    assert plan.time.rollout < 0.6 * one.time.rollout, "four servers share the responses"
+    ahead = config(**options, rollout_async_steps=1, rollout_correction="token-truncate")
+    overlapped = make_plan(ahead, MATH_7B, Cluster(2, 8, H100)).time
+    saved = plan.time.total - overlapped.total
+    assert saved == pytest.approx(min(plan.time.rollout, plan.time.logprob + plan.time.train))
+    on_cpus = config(rollout_devices=None, bf16=False, rollout_nodes="all", rollout_num_servers=2, **{TP: 2})
+    text = make_plan(on_cpus, MATH_7B, Cluster(2, 0, None, ranks_per_node=1)).text()
+    assert "node 1: CPU: 2 vLLM servers, shared with rank 1" in text
+
+
 @pytest.mark.parametrize(
     "options, gpu, change",
     [
@@ -136,7 +158,11 @@ def test_servers_of_one_node_and_ranks_of_several():
             "lower --rollout-gpu-memory-utilization to 0.",
         ),
         ({"rollout_gpu_memory_utilization": 0.05}, "h100-80gb", "raise ROLLOUT_GPUS"),
-        ({"rollout_devices": "5,6,7"}, "h100-80gb", "does not divide the model's num_attention_heads"),
+        (
+            {"rollout_devices": "5,6,7"},
+            "h100-80gb",
+            "GPUs, 3, does not divide the model's num_attention_heads",
+        ),
     ],
 )
 def test_a_plan_that_does_not_fit_names_what_to_change(options, gpu, change):
@@ -233,16 +259,23 @@ def test_larger_models_need_more_gpus():
     assert small.tokens_per_second < large.tokens_per_second < 4 * small.tokens_per_second
 
 
-def test_devices_of_the_server():
+def test_devices_of_the_servers():
     assert parse_devices("4,5, 6,7") == (4, 5, 6, 7)
     for text, message in (("4,4", "twice"), ("a", "no list"), ("", "no list"), ("-1", "no list")):
         with pytest.raises(ValueError, match=message):
             parse_devices(text)
     two_ranks = {"LOCAL_WORLD_SIZE": "2"}
-    chosen = server_devices("2,3", {**two_ranks, "CUDA_VISIBLE_DEVICES": "0,1,6,7"}, gpus=4)
+    by_slurm = {**two_ranks, "CUDA_VISIBLE_DEVICES": "0,1,6,7"}
+    (chosen,) = server_devices("2,3", by_slurm, gpus=4)
     assert chosen == {"extra_env": {"CUDA_VISIBLE_DEVICES": "6,7"}, "tensor_parallel_size": 2}, "SLURM's own"
-    assert server_devices("3", two_ranks, gpus=4)["extra_env"] == {"CUDA_VISIBLE_DEVICES": "3"}
-    assert server_devices(None, two_ranks, gpus=4) == {}
+    assert server_devices("2,3", by_slurm, gpus=4, tensor_parallel=1) == [
+        {"extra_env": {"CUDA_VISIBLE_DEVICES": name}, "tensor_parallel_size": 1} for name in "67"
+    ]
+    assert server_devices("3", two_ranks, gpus=4)[0]["extra_env"] == {"CUDA_VISIBLE_DEVICES": "3"}
+    assert server_devices(None, two_ranks, gpus=4) == [{}]
+    assert server_devices(None, two_ranks, gpus=0, servers=3) == [{}, {}, {}]
+    with pytest.raises(ValueError, match="--rollout-num-servers 2 is for CPUs"):
+        server_devices(None, two_ranks, gpus=4, servers=2)
     with pytest.raises(ValueError, match="there is no GPU 4"):
         server_devices("4", two_ranks, gpus=4)
     with pytest.raises(ValueError, match="GPU 1 is that of a trainer rank"):

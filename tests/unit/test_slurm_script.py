@@ -69,7 +69,15 @@ def test_a_dry_run_follows_variables_and_options(inputs):
     )
     assert "16 trainer rank(s), TP=2 PP=1 CP=1 EP=1 DP=8" in done.stdout, done.stderr
     assert "8 optimizer step(s) of 128" in done.stdout
-    assert "node 0: GPU 0: the vLLM server, shared with rank 0" in done.stdout
+    assert "node 3: GPU 0: a vLLM server, shared with rank 12" in done.stdout
+
+
+def test_servers_on_every_node_or_on_the_first():
+    everywhere = script("--dry-run", NODES="2", ROLLOUT_TP="2")
+    assert "8 trainer rank(s)" in everywhere.stdout, everywhere.stderr
+    assert "node 1: GPUs 4-7: 2 vLLM servers, tensor-parallel 2 each" in everywhere.stdout
+    first = script("--dry-run", NODES="2", ROLLOUT_NODES="first")
+    assert "12 trainer rank(s)" in first.stdout and "node 1: GPUs 0-7: trainer ranks 4-11" in first.stdout
 
 
 def test_a_dry_run_refuses_what_does_not_fit():
@@ -85,6 +93,8 @@ def test_a_dry_run_refuses_what_does_not_fit():
         ((), {"NODES": "two"}, "NODES is 'two'"),
         ((), {"ROLLOUT_GPUS": "8"}, "ROLLOUT_GPUS 8 leaves no GPU"),
         ((), {"SAVE_INTERVAL": "0"}, "SAVE_INTERVAL is 0"),
+        ((), {"ROLLOUT_NODES": "two"}, "ROLLOUT_NODES is 'two'; it has to be all or first"),
+        (("--rollout-nodes", "all"), {}, "--rollout-nodes: set ROLLOUT_NODES instead"),
         (("--save", "elsewhere"), {}, "--save: set RUN_DIR instead"),
         (("--nonsense",), {}, "unrecognized arguments: --nonsense"),
     ],
