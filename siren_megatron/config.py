@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -166,6 +167,11 @@ def check(config: Config, world_size: int | None = None) -> None:
         ValueError: one line that names the option.
     """
     check_plan(config, read_hf_config(config.model.hf_checkpoint), world_size)
+    if config.model.transformer_impl == "transformer_engine" and not _is_installed("transformer_engine"):
+        raise ValueError(
+            "--transformer-impl transformer_engine needs the package transformer-engine and CUDA: "
+            "pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]'"
+        )
     check_rollout(config.rollout)
     _check_files(config)
 
@@ -188,6 +194,7 @@ def check_plan(config: Config, hf_config: dict[str, Any], world_size: int | None
             f"--rollout-async-steps {steps_ahead} trains on responses of older weights, and needs a "
             "--rollout-correction other than none, such as token-truncate"
         )
+    _check_layers(config.model, config.parallel)
     _check_architecture(config, hf_config)
     _check_batches(config, world_size)
     check_methods(
@@ -197,6 +204,23 @@ def check_plan(config: Config, hf_config: dict[str, Any], world_size: int | None
         group_size=config.rollout.rollout_num_samples,
         max_response=config.rollout.rollout_max_response_length,
     )
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _check_layers(model: ModelOptions, parallel: ParallelOptions) -> None:
+    if model.fp8_format is not None:
+        raise ValueError(
+            f"--fp8-format {model.fp8_format} is not supported: layers compute in float32, or in bfloat16"
+        )
+    context = parallel.context_parallel_size
+    if model.transformer_impl == "transformer_engine" and context > 1 and not model.bf16:
+        raise ValueError(
+            f"--transformer-impl transformer_engine with --context-parallel-size {context} needs --bf16: "
+            "Transformer Engine has no float32 attention over context ranks"
+        )
 
 
 def _check_bounds(config: Config) -> None:

@@ -26,6 +26,7 @@ from siren_megatron.control import Control, another_rank_failed, mark_failed
 from siren_megatron.data.prompts import load_data_tokenizer, load_dataset, make_cursor
 from siren_megatron.data.tokenizer import replace_tokenizer_files
 from siren_megatron.evaluation.during_training import TrainingEvaluation
+from siren_megatron.implementations import find_implementations
 from siren_megatron.metrics import MetricsLogger, StageTimer
 from siren_megatron.nonfinite import NonFiniteError
 from siren_megatron.platform import Platform, init_process_group
@@ -181,6 +182,7 @@ class Job:
             tensorboard_dir=run.tensorboard_dir,
             wandb_project=run.wandb_project,
             config=self.config.flat(),
+            implementations=find_implementations(self.trainer.chunks, self.trainer.optimizer),
             log_interval=run.log_interval,
         )
 

@@ -104,10 +104,10 @@ class StageTimer:
 class MetricsLogger:
     """Writes every step's metrics to where people look for them.
 
-    `<save_dir>/metrics.jsonl` (one JSON object a step, flushed), `run.json` (options, versions, status) and
-    `report.html` always; a progress bar on a terminal, one plain line a step elsewhere; TensorBoard and wandb
-    when asked for. As a context manager it closes itself, with the status "finished", "interrupted" or
-    "failed: ...".
+    `<save_dir>/metrics.jsonl` (one JSON object a step, flushed), `run.json` (options, versions,
+    implementations, status) and `report.html` always; a progress bar on a terminal, one plain line a step
+    elsewhere; TensorBoard and wandb when asked for. As a context manager it closes itself, with the status
+    "finished", "interrupted" or "failed: ...".
 
     Rows of an earlier run that are found in the file stay: a resumed run calls `truncate_after` first.
 
@@ -119,6 +119,7 @@ class MetricsLogger:
         wandb_name: the run's display name; None: wandb invents one.
         wandb_mode: "online", "offline" or "disabled"; None: the WANDB_MODE variable, else wandb's default.
         config: the run's options, for the report and wandb.
+        implementations: part -> what computes it, for run.json; printed at once, a line a part.
         log_interval: steps between two plain lines (the file and the bar get every step).
         console: where to print; None: standard output.
 
@@ -137,6 +138,7 @@ class MetricsLogger:
         wandb_name: str | None = None,
         wandb_mode: str | None = None,
         config: Mapping[str, Any] | None = None,
+        implementations: Mapping[str, str] | None = None,
         log_interval: int = 1,
         console: Console | None = None,
     ) -> None:
@@ -154,10 +156,13 @@ class MetricsLogger:
             _require("tensorboard", "--tensorboard-dir")
         self._wandb = self._start_wandb(wandb_project, wandb_name, wandb_mode) if wandb_project else None
         self._versions = versions()
+        self.implementations = dict(implementations or {})
         self._write_run("running")
         self._display = StepDisplay(num_steps, log_interval, console)
         self._last_report = time.monotonic()
         self._closed = False
+        for part, name in self.implementations.items():
+            self.print(f"{part:10} {name}")
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         temporary = self.path.with_suffix(".jsonl.tmp")
@@ -238,6 +243,7 @@ class MetricsLogger:
             "num_steps": self.num_steps,
             "config": self.config,
             "versions": self._versions,
+            "implementations": self.implementations,
             "paths": self.paths,
         }
         write_text(self.save_dir / RUN_NAME, json.dumps(run, indent=1, default=str) + "\n")

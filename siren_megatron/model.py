@@ -1,7 +1,9 @@
-"""Hugging Face config -> TransformerConfig -> megatron-core GPTModel, with layers that run on CPU and CUDA.
+"""Hugging Face config -> TransformerConfig -> megatron-core GPTModel, with one of two kinds of layers.
 
-megatron-core's local attention materialises s x s scores and knows no grouped-query kernel, and its local
-norm refuses sequence parallelism; the layer spec here brings its own of both.
+"local" layers run on CPU and CUDA. megatron-core's local attention materialises s x s scores and knows no
+grouped-query kernel, and its local norm refuses sequence parallelism; the layer spec here brings its own of
+both. "transformer_engine" layers are megatron-core's own spec of Transformer Engine's modules, for CUDA.
+Parameters, checkpoints and rotary frequencies are the same for both.
 """
 
 from __future__ import annotations
@@ -12,7 +14,11 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -22,6 +28,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -95,7 +102,12 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 
 def transformer_config(
-    hf_config: dict[str, Any], parallel: ParallelOptions, platform: Platform, *, bf16: bool = False
+    hf_config: dict[str, Any],
+    parallel: ParallelOptions,
+    platform: Platform,
+    *,
+    bf16: bool = False,
+    transformer_impl: str = "local",
 ) -> TransformerConfig:
     """megatron-core's configuration of a Hugging Face model.
 
@@ -104,6 +116,7 @@ def transformer_config(
         parallel: how the model is cut.
         platform: device and backend of this rank.
         bf16: parameters and activations in bfloat16.
+        transformer_impl: "local" or "transformer_engine".
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     architecture = Architecture.of(hf_config)
@@ -131,6 +144,9 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallel.virtual_stages,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        transformer_impl=transformer_impl,
+        # Transformer Engine's experts are one grouped product, local ones are computed one after the other.
+        moe_grouped_gemm=transformer_impl == "transformer_engine" and architecture.experts > 0,
         # Every weight is loaded from the checkpoint; initialising it first would be time thrown away.
         perform_initialization=False,
         use_cpu_initialization=not platform.is_cuda,
@@ -190,15 +206,31 @@ def build_model(hf_config: dict[str, Any], config: TransformerConfig) -> list[GP
     Args:
         hf_config: config.json.
         config: from `transformer_config`; megatron-core's parallel state is initialised.
+
+    Raises:
+        ValueError: Transformer Engine's layers are asked for, and it cannot be imported.
     """
     stages = config.virtual_pipeline_model_parallel_size
     return [_build_chunk(hf_config, config, stage) for stage in ([None] if stages is None else range(stages))]
 
 
-def _build_chunk(
-    hf_config: dict[str, Any], config: TransformerConfig, virtual_stage: int | None
-) -> GPTModel | Float16Module:
-    architecture = Architecture.of(hf_config)
+def _layer_spec(architecture: Architecture, config: TransformerConfig) -> tuple[ModuleSpec, type]:
+    """How a layer is built, and the norm behind the last one."""
+    if config.transformer_impl == "local":
+        return _local_layer_spec(architecture), RMSNorm
+    if not HAVE_TE:
+        raise ValueError(
+            "--transformer-impl transformer_engine: Transformer Engine is installed and cannot be imported; "
+            "python -c 'import transformer_engine.pytorch' says why"
+        )
+    experts = architecture.experts or None
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=architecture.qk_norm
+    )
+    return layer, TENorm
+
+
+def _local_layer_spec(architecture: Architecture) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(num_experts=architecture.experts or None, normalization="RMSNorm")
     attention = layer.submodules.self_attention
     head_norm = RMSNorm if architecture.qk_norm else IdentityOp
@@ -221,8 +253,16 @@ def _build_chunk(
             **({} if architecture.experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}),
         },
     )
+    return layer
+
+
+def _build_chunk(
+    hf_config: dict[str, Any], config: TransformerConfig, virtual_stage: int | None
+) -> GPTModel | Float16Module:
+    architecture = Architecture.of(hf_config)
+    layer, norm = _layer_spec(architecture, config)
     block = TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, virtual_stage), layer_norm=RMSNorm
+        layer_specs=[layer] * get_num_layers_to_build(config, virtual_stage), layer_norm=norm
     )
     model = GPTModel(
         config=config,
@@ -247,8 +287,8 @@ def _build_chunk(
 def _mark_tensor_parallel(model: GPTModel) -> None:
     """Say which dimension of a weight is cut over the tensor ranks.
 
-    megatron-core does so while it initialises a weight. Without the mark it takes the other ranks' shards for
-    copies, and leaves them out of the gradient norm.
+    megatron-core does so while it initialises a weight; Transformer Engine always does. Without the mark
+    megatron-core takes the other ranks' shards for copies, and leaves them out of the gradient norm.
     """
     dimensions = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():

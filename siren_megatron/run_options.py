@@ -18,6 +18,14 @@ class ModelOptions:
         type=Path,
     )
     bf16: bool = option(False, "parameters and activations in bfloat16 (default: float32)")
+    transformer_impl: str = option(
+        "local",
+        "layers: megatron-core's own with this program's norm and attention (local), or Transformer Engine's",
+        choices=("local", "transformer_engine"),
+    )
+    fp8_format: str | None = option(
+        None, "format of FP8 matrix products: not supported, always refused", choices=("e4m3", "hybrid")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

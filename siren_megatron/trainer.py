@@ -91,7 +91,13 @@ class Trainer:
         self.cp_group = parallel_state.get_context_parallel_group()
         self.share = ContextShare(self.cp_group.rank(), self.cp_group.size())
         self.is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        model_config = transformer_config(hf_config, config.parallel, platform, bf16=config.model.bf16)
+        model_config = transformer_config(
+            hf_config,
+            config.parallel,
+            platform,
+            bf16=config.model.bf16,
+            transformer_impl=config.model.transformer_impl,
+        )
         self.chunks = build_model(hf_config, model_config)
         if config.model.pretrained_checkpoint is not None:
             live.load_megatron_weights(self.chunks, config.model.pretrained_checkpoint)

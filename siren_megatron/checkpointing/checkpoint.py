@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from siren_megatron.checkpointing import files, random_states
 from siren_megatron.checkpointing.writer import CheckpointWriter, SaveError
+from siren_megatron.conversion.live import fill_weights, sharded_weights
 from siren_megatron.conversion.pickle_check import check_pickles
 from siren_megatron.trainer import Trainer
 from siren_megatron.versions import versions
@@ -38,9 +39,7 @@ def _metadata() -> dict[str, Any]:
 
 def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
     metadata = _metadata()
-    model = {
-        f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(trainer.chunks)
-    }
+    model = {f"model{i}": sharded_weights(chunk, metadata) for i, chunk in enumerate(trainer.chunks)}
     optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {**model, "optimizer": optimizer}
 
@@ -177,7 +176,7 @@ def load_checkpoint(directory: Path, trainer: Trainer) -> LoadedRun:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"--load: {path} does not fit the model: {reason}") from None
     for i, chunk in enumerate(trainer.chunks):
-        chunk.load_state_dict(loaded[f"model{i}"])
+        fill_weights(chunk, loaded[f"model{i}"])
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     _unshare_steps(trainer.optimizer)
     trainer.scheduler.load_state_dict(loaded["scheduler"])

@@ -102,15 +102,7 @@ def load_megatron_weights(model: Model, directory: Path) -> None:
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     chunks = [model] if isinstance(model, torch.nn.Module) else model
-    # `_extra_state` objects hold nothing that these layers need, and would be unpickled: leave them out.
-    wanted = {
-        f"model{i}": {
-            name: value
-            for name, value in chunk.sharded_state_dict(metadata=metadata).items()
-            if not isinstance(value, ShardedObject)
-        }
-        for i, chunk in enumerate(chunks)
-    }
+    wanted = {f"model{i}": sharded_weights(chunk, metadata) for i, chunk in enumerate(chunks)}
     try:
         loaded = dist_checkpointing.load(wanted, str(directory))
     except CheckpointException as error:
@@ -118,10 +110,28 @@ def load_megatron_weights(model: Model, directory: Path) -> None:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"{directory} does not fit the model: {reason}") from None
     for i, chunk in enumerate(chunks):
-        module = chunk.module if isinstance(chunk, Float16Module) else chunk
-        missing, unexpected = module.load_state_dict(loaded[f"model{i}"], strict=False)
-        missing = [name for name in missing if not name.endswith("_extra_state")]
-        assert not missing and not unexpected, (missing, unexpected)
+        fill_weights(chunk, loaded[f"model{i}"])
+
+
+def sharded_weights(chunk: torch.nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
+    """A chunk's parameters for megatron-core's checkpoints, under the same names for every kind of layers.
+
+    `_extra_state` objects (scales of FP8) are left out: no layer here needs them, local and Transformer
+    Engine's layers have other ones, and loading would unpickle them.
+
+    Args:
+        metadata: as megatron-core's `sharded_state_dict` takes it.
+    """
+    state = chunk.sharded_state_dict(metadata=metadata)
+    return {name: value for name, value in state.items() if not isinstance(value, ShardedObject)}
+
+
+def fill_weights(chunk: torch.nn.Module, loaded: dict[str, Any]) -> None:
+    """Put what was loaded for `sharded_weights` into the chunk."""
+    module = chunk.module if isinstance(chunk, Float16Module) else chunk
+    missing, unexpected = module.load_state_dict(loaded, strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    assert not missing and not unexpected, (missing, unexpected)
 
 
 def _tensor_group(place: Parameter) -> dist.ProcessGroup:

@@ -78,7 +78,9 @@ def thin_out(sizes: list[int], budget: int) -> set[int]:
 
 
 def read_run(directory: Path) -> dict[str, Any]:
-    """run.json of a run: "config", "num_steps", "status", "versions", "paths"; empty without such a file.
+    """run.json of a run: "config", "num_steps", "status", "versions", "paths", "implementations".
+
+    Empty without such a file.
 
     Raises:
         ValueError: it is not a JSON object with these; the message names the file.

@@ -67,6 +67,12 @@ def _engine_for(logits: Tensor, implementation: str) -> ModuleType:
     return torch_engine
 
 
+def engine_name(device: torch.device, dtype: torch.dtype) -> str:
+    """What computes the statistics of such logits: "compiled C++", "Triton" or "plain torch"."""
+    names = {native: "compiled C++", torch_engine: "plain torch"}
+    return names.get(_engine_for(torch.empty(0, device=device, dtype=dtype), "auto"), "Triton")
+
+
 @functools.cache
 def _triton_engine() -> ModuleType | None:
     try:

@@ -62,6 +62,9 @@ def test_the_reward_rises_and_every_metric_is_there(toy_run):
     first, last = (sum(r["reward"] for r in part) / 10 for part in (rows[:10], rows[-10:]))
     assert last > first + 0.05, f"mean reward of ten steps went from {first:.3f} to {last:.3f}"
     assert str(save / "report.html") in output and str(save / "hf") in output
+    used = json.loads((save / "run.json").read_text())["implementations"]
+    assert used["attention"] == "CausalAttention (siren_megatron)" and used["optimizer"] == "AdamW (torch)"
+    assert output.index(f"attention  {used['attention']}") < output.index(f"step  1/{SCRIPT_STEPS}")
 
 
 def test_vllm_and_trainer_agree_after_every_update(toy_run):

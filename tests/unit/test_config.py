@@ -68,6 +68,10 @@ WRONG = [
     (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
     (["--entropy-metod", "siren"], "unrecognized arguments: --entropy-metod siren"),
     (["--entropy-coef", "1"], "unrecognized arguments: --entropy-coef 1"),
+    (["--fp8-format", "e4m3"], "--fp8-format e4m3 is not supported"),
+    (["--transformer-impl", "transformer_engine", "--context-parallel-size", "2"],
+     "--transformer-impl transformer_engine with --context-parallel-size 2 needs --bf16"),
+    (["--transformer-impl", "te"], "argument --transformer-impl: invalid choice: 'te'"),
     (["--load", "x", "--overwrite"], "--load and --overwrite contradict each other"),
     (["--record-prompts", "0", "--record-interval", "5"],
      "--record-interval 5 has no meaning with --record-prompts 0"),
@@ -109,6 +113,20 @@ def test_wrong_options_are_one_line_and_exit_code_2(files, monkeypatch, capsys, 
     lines = capsys.readouterr().err.splitlines()
     assert error.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("pretrain_siren.py: error: ") and message in lines[0]
+
+
+def test_transformer_engine_must_be_installed(files, monkeypatch, capsys):
+    options = ["--transformer-impl", "transformer_engine"]
+    found = {"transformer_engine": None}
+    monkeypatch.setattr("importlib.util.find_spec", found.get)
+    with pytest.raises(SystemExit) as error:
+        parse_args(arguments(files, *options))
+    assert error.value.code == 2
+    assert "--transformer-impl transformer_engine needs the package transformer-engine and CUDA" in (
+        capsys.readouterr().err
+    )
+    found["transformer_engine"] = object()
+    assert parse_args(arguments(files, *options)).model.transformer_impl == "transformer_engine"
 
 
 def test_a_broken_prompt_line_is_named(files, capsys):
