@@ -140,7 +140,9 @@ class Job:
         # The server has loaded --hf-checkpoint's weights.
         if self.step or config.model.pretrained_checkpoint is not None:
             self.update_weights()
-            self.timer.pop()  # the first step's times are its own
+            # The first step's times and counts are its own.
+            self.timer.pop()
+            self.rollouts.pop_counts()
         if self._loaded is not None and self._loaded.random_states is not None:
             # After all else that may draw: the next step finds them as the saved one left them.
             random_states.restore(self._loaded.random_states, self.platform.device)

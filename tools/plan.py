@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="the first node's last N GPUs for vLLM alone; 0 = it shares the first rank's GPU (default)",
+        help="the last N GPUs of a node with vLLM servers are theirs; default 0: one shares the first rank's",
     )
     parser.add_argument("--gpu", default="h100-80gb", metavar="NAME", help=", ".join(GPUS))
     parser.add_argument("--mean-prompt-length", type=float, metavar="TOKENS")

@@ -56,7 +56,8 @@ def choose_port(host: str, taken: Collection[int] = ()) -> int:
         RolloutError: host is no address of this machine, or no port was free.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for port in random.SystemRandom().sample(sorted({*range(20000, 32000)}.difference(taken)), 100):
+    ports = sorted(set(range(20000, 32000)).difference(taken))
+    for port in random.SystemRandom().sample(ports, min(100, len(ports))):
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             try:
                 probe.bind((host, port))
