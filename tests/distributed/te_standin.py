@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 STANDINS = Path(__file__).resolve().parents[1] / "standins"
+TE = {"transformer_impl": "transformer_engine"}
 
 
 def install_standin() -> None:
@@ -15,12 +15,12 @@ def install_standin() -> None:
     sys.path.insert(0, str(STANDINS))
 
 
-def train_layouts(rank: int, world_size: int, *arguments: Any):
-    """For `run_ranks`: as `layouts.train_layouts`."""
+def update(rank: int, world_size: int, jobs: list):
+    """For `run_ranks`: as `gradients.update`."""
     install_standin()
-    from tests.distributed import layouts
+    from tests.distributed import gradients
 
-    return layouts.train_layouts(rank, world_size, *arguments)
+    return gradients.update(rank, world_size, jobs)
 
 
 def cross_checkpoints(rank: int, world_size: int, checkpoint: Path, directory: Path):
@@ -34,30 +34,9 @@ def cross_checkpoints(rank: int, world_size: int, checkpoint: Path, directory: P
     from tests.distributed.test_layouts import SP
 
     results = []
-    for saved_by, loaded_by in (("local", "transformer_engine"), ("transformer_engine", "local")):
-        place, own, other = (
-            directory / saved_by,
-            {"transformer_impl": saved_by},
-            {"transformer_impl": loaded_by},
-        )
-        went_on = save_and_go_on(rank, world_size, checkpoint, place, {**SP, **own})
+    for name, own, other in (("local", {}, TE), ("te", TE, {})):
+        went_on = save_and_go_on(rank, world_size, checkpoint, directory / name, {**SP, **own})
         layouts = [{**SP, **other}, {PP: 2, **other}]
-        results.append((went_on, load_and_go_on(rank, world_size, checkpoint, place, layouts, {TP: 2})))
+        resumed = load_and_go_on(rank, world_size, checkpoint, directory / name, layouts, {TP: 2})
+        results.append((went_on, resumed))
     return results
-
-
-def implementations(rank: int, world_size: int, checkpoint: Path) -> dict[str, str]:
-    """For `run_ranks`: what `find_implementations` finds in a trainer of Transformer Engine's layers."""
-    install_standin()
-    from siren_megatron import platform
-    from siren_megatron.config import read_hf_config
-    from tests.distributed.layouts import config_of
-
-    device = platform.install()
-    from siren_megatron.implementations import find_implementations
-    from siren_megatron.trainer import Trainer, initialize_model_parallel
-
-    config = config_of(checkpoint, transformer_impl="transformer_engine")
-    initialize_model_parallel(config)
-    trainer = Trainer(config, read_hf_config(checkpoint), device)
-    return find_implementations(trainer.chunks, trainer.optimizer)

@@ -31,7 +31,8 @@ def build(checkpoint, options):
     trainer = Trainer(config, read_hf_config(checkpoint), device)
     samples, rewards = fixed_samples()
     advantages = group_advantages(rewards, GROUP_SIZE)
-    return trainer, make_batch(samples, rewards, advantages, multiple=trainer.length_multiple)
+    batch = make_batch(samples, rewards, advantages, multiple=trainer.length_multiple)
+    return trainer, batch.to(device.device)
 
 
 def finish(trainer, batch):
