@@ -261,7 +261,9 @@ class Job:
         return refilled.groups, refilled.rewards
 
     def make_batch(self, groups: list[list[Sample]] | None, rewards: Sequence[float] | None) -> TrainBatch:
-        """Samples and rewards as tensors, on every rank."""
+        """Samples and rewards as tensors, on every rank; vLLM may sleep from here on."""
+        if self.is_main:
+            self.rollouts.sleep()
         self.rollouts.assist()
         batch = None
         if self.is_main:
@@ -400,6 +402,7 @@ class Job:
                 "reward_timeouts": self.reward_result.num_timeouts,
                 "reward_errors": self.reward_result.num_errors,
                 **self.rollouts.pop_counts(),
+                **self.rollouts.sync_metrics,
                 "tokens_per_second": tokens / times["time/step"],
                 **times,
             },

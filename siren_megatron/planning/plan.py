@@ -201,7 +201,7 @@ def make_plan(
         cluster,
         work,
         world_size,
-        _placement(cluster, first, other, devices),
+        _placement(config, cluster, first, other, devices),
         memory,
         kv_tokens,
         refusals,
@@ -231,7 +231,9 @@ def _workload(config: Config, world_size: int, lengths: Lengths) -> Workload:
     )
 
 
-def _placement(cluster: Cluster, first: int, other: int, devices: tuple[int, ...]) -> list[str]:
+def _placement(
+    config: Config, cluster: Cluster, first: int, other: int, devices: tuple[int, ...]
+) -> list[str]:
     def ranks(start: int, count: int) -> str:
         return f"rank {start}" if count == 1 else f"ranks {start}-{start + count - 1}"
 
@@ -245,7 +247,8 @@ def _placement(cluster: Cluster, first: int, other: int, devices: tuple[int, ...
         where, size = gpus(min(devices), len(devices)), len(devices)
         lines.append(f"node 0: {where}: the vLLM server, tensor-parallel {size}, for itself")
     else:
-        lines.append(f"node 0: {gpus(0, 1)}: the vLLM server, shared with rank 0 (no sleep and wake yet)")
+        sleeps = "asleep while it trains" if config.rollout.rollout_sleep else "both stay in memory"
+        lines.append(f"node 0: {gpus(0, 1)}: the vLLM server, shared with rank 0 ({sleeps})")
     lines.append("node 0: CPU: prompts, rewards, metrics, weight updates (rank 0)")
     start = first
     for node in range(1, cluster.nodes):
@@ -309,10 +312,14 @@ def _memory(
         rows.append((f"trainer, stage {stage}" if stages > 1 else "trainer", memory))
     share = config.rollout.rollout_gpu_memory_utilization * capacity
     server = Memory(0, 0, 0, 0, 0, vllm=share)
+    first = rows[0][1]
     if devices:
         rows.append((f"vLLM ({len(devices)} GPUs)", server))
+    elif config.rollout.rollout_sleep:
+        rows.append(("rank 0, vLLM asleep", replace(first, vllm=VLLM_OVERHEAD_GIB * GIB)))
+        rows.append(("rank 0, vLLM awake", replace(first, activations=0, logits=0, vllm=share)))
     else:
-        rows.append(("rank 0 with vLLM", replace(rows[0][1], vllm=share)))
+        rows.append(("rank 0 with vLLM", replace(first, vllm=share)))
     for who, memory in rows:
         if memory.total > capacity:
             refusals.append(_too_much(who, memory, capacity, config))

@@ -25,6 +25,19 @@ class RolloutOptions:
         "GPUs of the first node that the vLLM server has for itself, such as 4,5,6,7 (its tensor-parallel "
         "size is their number); default: it shares the first rank's GPU",
     )
+    weight_transfer: str = option(
+        "auto",
+        "how vLLM gets new weights: through shared memory, CUDA IPC (it shares the first rank's GPU) or NCCL "
+        "(it has GPUs of its own); auto = the one of the three that is made for the case",
+        choices=("auto", "shared-memory", "ipc", "nccl"),
+    )
+    rollout_sleep: int = option(
+        0,
+        "what a vLLM that shares the first rank's GPU frees while the trainer trains: 0 = nothing, 1 = the "
+        "KV cache, and its weights move to the machine's memory, 2 = both",
+        minimum=0,
+        maximum=2,
+    )
     rollout_start_timeout: float = option(300.0, "seconds for the server to become ready", above=0)
     rollout_request_timeout: float = option(600.0, "seconds for one generation request", above=0)
     rollout_request_retries: int = option(
@@ -47,12 +60,52 @@ class RolloutOptions:
     )
 
 
+def check_sharing(options: RolloutOptions) -> None:
+    """Refuse what contradicts whether vLLM shares a GPU with the trainer.
+
+    Raises:
+        ValueError: one line that names both options.
+    """
+    devices, transfer = options.rollout_devices, options.weight_transfer
+    if devices is None and transfer == "nccl":
+        raise ValueError(
+            "--weight-transfer nccl is between different GPUs: give vLLM some of its own (--rollout-devices)"
+        )
+    if devices is not None and transfer == "ipc":
+        raise ValueError(
+            f"--weight-transfer ipc is within one GPU, and --rollout-devices {devices} gives vLLM others"
+        )
+    if devices is not None and options.rollout_sleep:
+        raise ValueError(
+            f"--rollout-sleep {options.rollout_sleep} frees memory for a trainer on the same GPU, and "
+            f"--rollout-devices {devices} gives vLLM others"
+        )
+
+
+def weight_transfer(options: RolloutOptions, *, on_cpu: bool) -> str:
+    """The run's transport: `--weight-transfer`, or what auto means here.
+
+    Raises:
+        ValueError: `--weight-transfer` or `--rollout-sleep` needs a GPU, and there is none.
+    """
+    if on_cpu and options.rollout_sleep:
+        raise ValueError(f"--rollout-sleep {options.rollout_sleep}: on a CPU there is no GPU memory to free")
+    if on_cpu and options.weight_transfer in ("ipc", "nccl"):
+        raise ValueError(f"--weight-transfer {options.weight_transfer} needs GPUs, and this run is on a CPU")
+    if options.weight_transfer != "auto":
+        return options.weight_transfer
+    if on_cpu:
+        return "shared-memory"
+    return "ipc" if options.rollout_devices is None else "nccl"
+
+
 def check_rollout(options: RolloutOptions) -> None:
     """Refuse what vLLM could not do, on the machine where it will be started.
 
     Raises:
         ValueError: one line that names the option.
     """
+    check_sharing(options)
     if os.environ.get("RANK", "0") != "0":
         return
     host = options.rollout_host

@@ -25,6 +25,7 @@ from siren_megatron.rollout.client import (
     ServerOptions,
 )
 from siren_megatron.rollout.health import HealthMonitor
+from siren_megatron.rollout.options import weight_transfer
 from siren_megatron.rollout.placement import server_devices
 from siren_megatron.rollout.weight_sync import WeightPublisher
 
@@ -37,7 +38,8 @@ def server_options(config: Config, *, on_cpu: bool) -> ServerOptions:
     """How a run's server is started; for rank 0, on whose machine it is.
 
     Raises:
-        ValueError: `--rollout-devices` names a GPU that is not there or not free.
+        ValueError: `--rollout-devices` names a GPU that is not there or not free, or `--weight-transfer` or
+            `--rollout-sleep` needs one.
     """
     rollout = config.rollout
     return ServerOptions(
@@ -51,6 +53,8 @@ def server_options(config: Config, *, on_cpu: bool) -> ServerOptions:
         device="cpu" if on_cpu else "cuda",
         gpu_memory_utilization=rollout.rollout_gpu_memory_utilization,
         start_timeout_s=rollout.rollout_start_timeout,
+        weight_transfer=weight_transfer(rollout, on_cpu=on_cpu),
+        sleep_level=rollout.rollout_sleep,
         **server_devices(
             rollout.rollout_devices, os.environ, gpus=0 if on_cpu else torch.cuda.device_count()
         ),
@@ -66,6 +70,9 @@ class RolloutService:
         control: how the ranks talk.
         is_main: whether this is rank 0.
         report: prints a line for the user.
+
+    Attributes:
+        sync_metrics: on rank 0, size and time of the last weight update.
     """
 
     def __init__(
@@ -80,6 +87,7 @@ class RolloutService:
         self._config, self._options, self._report = config.rollout, options, report
         self.control = control
         self._is_main = is_main
+        self.sync_metrics: dict[str, float] = {}
         self._others_wait = False
         self._restarts = 0
         self._counted = (0, 0, 0)
@@ -197,6 +205,19 @@ class RolloutService:
         except ServerFailed as failure:
             self._restart(failure)
 
+    def sleep(self) -> None:
+        """On rank 0, while the others assist: nothing will be generated before the next update.
+
+        Raises:
+            RolloutError: the server failed more often than it may.
+        """
+        while True:
+            try:
+                self._publisher.sleep()
+                return
+            except ServerFailed as failure:
+                self._restart(failure)
+
     def pop_counts(self) -> dict[str, float]:
         """On rank 0: restarts, requests sent again and prompts dropped since the last call."""
         now = (
@@ -229,7 +250,8 @@ class RolloutService:
         self.control.tell(_GIVE_WEIGHTS)
         weights = self._weights()
         try:
-            self._publisher.update(weights)
+            stats = self._publisher.update(weights)
+            self.sync_metrics = {"weight_sync_bytes": stats.bytes, "weight_sync_seconds": stats.seconds}
         finally:
             for _ in weights:  # the other ranks are in it, whatever became of the server
                 pass
@@ -261,5 +283,8 @@ class RolloutService:
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None
+        if self._publisher is not None:
+            self._publisher.close()
+            self._publisher = None
         if self._server is not None:
             self._server.stop()
