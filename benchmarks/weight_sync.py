@@ -4,12 +4,13 @@ A random checkpoint of Qwen2.5-0.5B's shape in bfloat16, a real vLLM server, and
 process. Each tensor is put together of two halves as it is asked for, as tensor-parallel gathering would. In
 the same run, the bound: the same tensors copied once, by one thread, into memory that is there already.
 
-    python benchmarks/weight_sync.py [--repeats 7] [--chunk-mib 128] [--output results.json]
+    python benchmarks/weight_sync.py [--repeats 7] [--chunk-mib 64 512] [--output results.json]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import tempfile
@@ -58,7 +59,10 @@ def gather(tensors: list[tuple[str, torch.Tensor]], spent: list[float]) -> Itera
 
 
 class Memory:
-    """Largest growth of this process's memory, shared memory included, while it is entered; in bytes."""
+    """Largest growth of this process's memory and its files in shared memory while it is entered; bytes."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
 
     def __enter__(self) -> Memory:
         self._end, self._start = threading.Event(), self._now()
@@ -75,11 +79,14 @@ class Memory:
         while not self._end.wait(0.005):
             self.peak = max(self.peak, self._now() - self._start)
 
-    @staticmethod
-    def _now() -> int:
+    def _now(self) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
-        return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+        private = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        files = 0
+        for path in self._directory.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                files += path.stat().st_blocks * 512
+        return private * 1024 + files
 
 
 def seconds(action) -> float:
@@ -95,7 +102,9 @@ def summary(values: list[float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7, help="measured updates, after one that is not")
-    parser.add_argument("--chunk-mib", type=int, default=0, help="size of a chunk; 0 = the publisher's own")
+    parser.add_argument(
+        "--chunk-mib", type=int, nargs="+", default=[512], help="sizes of a chunk, measured in turns"
+    )
     parser.add_argument("--small", action="store_true", help="a toy model, to try this script")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     args = parser.parse_args()
@@ -113,9 +122,8 @@ def main() -> None:
         )
         with RolloutServer.start(options) as server:
             server.wait_ready()
-            chunk = {"chunk_bytes": args.chunk_mib * 2**20} if args.chunk_mib else {}
-            publisher = WeightPublisher([server], **chunk)
-            publisher.init()
+            publishers = {mib: WeightPublisher([server], chunk_bytes=mib * 2**20) for mib in args.chunk_mib}
+            next(iter(publishers.values())).init()
             target = torch.ones(num_bytes // 2, dtype=torch.bfloat16)
 
             def copy_once() -> None:
@@ -124,28 +132,29 @@ def main() -> None:
                     target[offset : offset + tensor.numel()].copy_(tensor.flatten())
                     offset += tensor.numel()
 
-            copies, gathers, updates, peaks = [], [], [], []
+            copies: list[float] = []
+            rows = {mib: {"update_s": [], "gather_s": [], "peak_mib": []} for mib in publishers}
             for repeat in range(args.repeats + 1):
-                copied, spent = seconds(copy_once), []
-                with Memory() as memory:
-                    stats = publisher.update(gather(tensors, spent))
+                copied = seconds(copy_once)
+                print(f"{repeat}: one copy {copied:.2f} s")
                 if repeat:  # the first meets cold caches
                     copies.append(copied)
-                    gathers.append(sum(spent))
-                    updates.append(stats.seconds)
-                    peaks.append(memory.peak / 2**20)
-                print(
-                    f"{repeat}: update {stats.seconds:.2f} s, gathering {sum(spent):.2f} s of it; one copy "
-                    f"{copied:.2f} s; peak +{memory.peak / 2**20:.0f} MiB"
-                )
-    result = {
-        "bytes": num_bytes,
-        "repeats": args.repeats,
-        "update_s": summary(updates),
-        "gather_s": summary(gathers),
-        "one_copy_s": summary(copies),
-        "peak_mib": summary(peaks),
-    }
+                for mib, publisher in publishers.items():
+                    spent: list[float] = []
+                    with Memory(server.transfer_dir) as memory:
+                        stats = publisher.update(gather(tensors, spent))
+                    numbers = stats.seconds, sum(spent), memory.peak / 2**20
+                    print(
+                        "   chunks of {} MiB: {:.2f} s, gathering {:.2f} s of it; +{:.0f} MiB".format(
+                            mib, *numbers
+                        )
+                    )
+                    if repeat:
+                        for values, number in zip(rows[mib].values(), numbers, strict=True):
+                            values.append(number)
+    result = {"bytes": num_bytes, "repeats": args.repeats, "one_copy_s": summary(copies)}
+    for mib, row in rows.items():
+        result[f"chunk_{mib}_mib"] = {name: summary(values) for name, values in row.items()}
     print(json.dumps(result))
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -86,7 +86,8 @@ class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
     """Payload of /update_weights.
 
     Args:
-        path: file with the next tensors, one after the other; the trainer may unlink it after the answer.
+        path: file with the next tensors, one after the other; after the answer the trainer may put others
+            in their place, or unlink it.
         names: of the tensors, in the file's order.
         dtype_names: their types, such as "bfloat16".
         shapes: their shapes.
@@ -123,8 +124,18 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
             torch.Size(shape).numel() * dtype.itemsize
             for shape, dtype in zip(update_info.shapes, dtypes, strict=True)
         ]
+        # Not shared: a file that is missing or too short is an error then, and not made good with zeros.
         packed = torch.from_file(update_info.path, shared=False, size=sum(sizes), dtype=torch.uint8)
         self.model.load_weights(unpack_tensor(packed, update_info.names, update_info.shapes, dtypes, sizes))
+        self._keep_unfinished(packed.untyped_storage().data_ptr())
+
+    def _keep_unfinished(self, storage: int) -> None:
+        """Copy what vLLM keeps of layers that have not all their tensors yet: the file gets others now."""
+        for layer in self.model.modules():
+            for _, call in get_layerwise_info(layer).loaded_weights:
+                for name, value in call.arguments.items():
+                    if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() == storage:
+                        call.arguments[name] = value.clone()
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

@@ -107,18 +107,26 @@ def received(body):
     }
 
 
-def test_chunks_are_files_of_their_own_that_are_gone_afterwards(publisher, tmp_path):
-    seen = []
+def test_chunks_take_turns_in_two_files_that_are_gone_afterwards(publisher, tmp_path):
+    seen, paths = {}, []
+    parts = {f"{letter}.weight": torch.full((2,), float(ord(letter))) for letter in "abcde"}
 
     def answer(path, body):
         if path == "/update_weights":
-            seen.append(list(received(body)))
+            chunk = received(body)
+            assert len(chunk) == 1
+            seen.update(chunk)
+            paths.append(body["update_info"]["path"])
         return 200, {}
 
-    with publisher(answer, chunk_bytes=8) as (weights, _, _):
-        weights.update(iter(WEIGHTS.items()))
-    assert seen == [["a.weight"], ["b.weight"]]
-    assert list((tmp_path / "transfer-0").iterdir()) == []
+    with publisher(answer, tensors=parts, chunk_bytes=8) as (weights, _, _):
+        weights.update(iter(parts.items()))
+        assert list((tmp_path / "transfer-0").iterdir()) == []
+        weights.update(iter(parts.items()))
+    assert seen.keys() == parts.keys()
+    for name, tensor in parts.items():
+        assert torch.equal(seen[name], tensor)
+    assert paths[:5] == [paths[0], paths[1]] * 2 + [paths[0]] and len(set(paths)) == 4
 
 
 @pytest.mark.parametrize(
