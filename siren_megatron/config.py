@@ -26,6 +26,7 @@ from siren_megatron.method_options import CorrectionOptions, EntropyOptions, Grp
 from siren_megatron.options import REQUIRED, flag
 from siren_megatron.rollout.options import RolloutOptions, check_rollout
 from siren_megatron.rollout.placement import parse_devices
+from siren_megatron.rollout.transfer.choice import check_sharing
 from siren_megatron.run_options import ModelOptions, ParallelOptions, RunOptions, TrainOptions
 
 GROUPS = {
@@ -184,6 +185,7 @@ def check_plan(config: Config, hf_config: dict[str, Any], world_size: int | None
     _check_bounds(config)
     if config.rollout.rollout_devices is not None:
         parse_devices(config.rollout.rollout_devices)
+    check_sharing(config.rollout)
     _check_architecture(config, hf_config)
     _check_batches(config, world_size)
     check_methods(

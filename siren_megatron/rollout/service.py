@@ -25,8 +25,8 @@ from siren_megatron.rollout.client import (
     ServerOptions,
 )
 from siren_megatron.rollout.health import HealthMonitor
-from siren_megatron.rollout.options import weight_transfer
 from siren_megatron.rollout.placement import server_devices
+from siren_megatron.rollout.transfer.choice import weight_transfer
 from siren_megatron.rollout.weight_sync import WeightPublisher
 
 # What rank 0 wants of the others.

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from siren_megatron.rollout.options import RolloutOptions, check_sharing, weight_transfer
+from siren_megatron.rollout.options import RolloutOptions
 from siren_megatron.rollout.transfer.broadcast import BroadcastTransport
+from siren_megatron.rollout.transfer.choice import check_sharing, weight_transfer
 from siren_megatron.rollout.transfer.chunk import pack
 from siren_megatron.rollout.transfer.server_group import ServerGroup, ServerSyncFailed
 from siren_megatron.rollout.vllm_command import ServerOptions, server_arguments, server_environment
