@@ -26,6 +26,7 @@ from siren_megatron.evaluation.options import EvaluationOptions, check_evaluatio
 from siren_megatron.method_options import CorrectionOptions, EntropyOptions, GrpoOptions, check_methods
 from siren_megatron.options import REQUIRED, flag
 from siren_megatron.rollout.options import RolloutOptions, check_rollout, check_servers
+from siren_megatron.rollout.transfer.choice import check_sharing
 from siren_megatron.run_options import ModelOptions, ParallelOptions, RunOptions, TrainOptions
 
 GROUPS = {
@@ -188,6 +189,7 @@ def check_plan(config: Config, hf_config: dict[str, Any], world_size: int | None
     """
     _check_bounds(config)
     check_servers(config.rollout)
+    check_sharing(config.rollout)
     steps_ahead = config.rollout.rollout_async_steps
     if steps_ahead and config.correction.rollout_correction == "none":
         raise ValueError(

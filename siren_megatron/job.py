@@ -224,7 +224,9 @@ class Job:
         return rollout
 
     def make_batch(self, rollout: Rollout | None) -> TrainBatch:
-        """Samples and rewards as tensors, on every rank."""
+        """Samples and rewards as tensors, on every rank; vLLM may sleep from here on."""
+        if self.is_main:
+            self.rollouts.sleep()
         self.rollouts.assist()
         batch, lag = None, 0
         if self.is_main:
@@ -371,6 +373,7 @@ class Job:
                 "weight_sync_logprob_diff": self.weight_sync_diff,
                 **self.rollout_metrics,
                 **self.rollouts.pop_counts(),
+                **self.rollouts.sync_metrics,
                 "tokens_per_second": tokens / times["time/step"],
                 **times,
             },

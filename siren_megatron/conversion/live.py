@@ -5,6 +5,7 @@ Legend: tp, pp, ep = tensor-, pipeline- and expert-parallel size.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -169,8 +170,9 @@ def iterate_hf_weights(
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Whole tensors under their Hugging Face names on rank 0, one parameter at a time.
 
-    A collective: every rank iterates it to its end, and only rank 0 gets tensors. At most one whole parameter
-    is held at a time.
+    A collective: every rank iterates it to its end, and only rank 0 gets tensors. At most one parameter is
+    held at a time, in shards and whole. They come layer by layer, whichever stages and expert ranks hold
+    them: vLLM keeps what it has of a layer until the layer is complete.
 
     Args:
         named_on: ranks that get the names as well, each with None, at the moment when rank 0 has the tensor.
@@ -189,17 +191,26 @@ def iterate_hf_weights(
     ]
     everyone: list[list[_Held]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
-    for held in (held for of_rank in everyone for held in of_rank):
+    order = [(held, i) for of_rank in everyone for held in of_rank for i in range(len(held.places))]
+    order.sort(key=lambda item: _depth(item[0].places[item[1]][0]))
+    for held, index in order:
         group = groups[held.experts]
         in_group = group is not None and dist.get_process_group_ranks(group)[0] == held.rank
-        for index, (place, shape, dtype) in enumerate(held.places):
-            shards = _gather(*local[held.experts][index], group) if in_group else []
-            if held.rank != 0:
-                shards = _hand_over(place, shards, shape, dtype, held)
-            if dist.get_rank() == 0:
-                yield from zip(place.sources(), join(place.rule, architecture, shards), strict=True)
-            elif dist.get_rank() in named_on:
-                yield from ((name, None) for name in place.sources())
+        place, shape, dtype = held.places[index]
+        shards = _gather(*local[held.experts][index], group) if in_group else []
+        if held.rank != 0:
+            shards = _hand_over(place, shards, shape, dtype, held)
+        if dist.get_rank() == 0:
+            yield from zip(place.sources(), join(place.rule, architecture, shards), strict=True)
+        elif dist.get_rank() in named_on:
+            yield from ((name, None) for name in place.sources())
+
+
+def _depth(place: Parameter) -> float:
+    """The layer a parameter belongs to; the embedding comes before all, the last norm and the head behind."""
+    if place.layer is not None:
+        return place.layer
+    return -1 if place.key.startswith("embedding.") else math.inf
 
 
 def _gather(place: Parameter, parameter: Tensor, group: dist.ProcessGroup) -> list[Tensor]:

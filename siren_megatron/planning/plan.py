@@ -209,7 +209,7 @@ def make_plan(
         cluster,
         work,
         world_size,
-        _placement(cluster, ranks, hosts, servers),
+        _placement(config, cluster, ranks, hosts, servers),
         memory,
         kv_tokens,
         refusals,
@@ -239,7 +239,9 @@ def _workload(config: Config, world_size: int, lengths: Lengths) -> Workload:
     )
 
 
-def _placement(cluster: Cluster, ranks: list[int], hosts: int, servers: list[tuple[int, ...]]) -> list[str]:
+def _placement(
+    config: Config, cluster: Cluster, ranks: list[int], hosts: int, servers: list[tuple[int, ...]]
+) -> list[str]:
     """Lines for each node of which there are few, or few different ones.
 
     Args:
@@ -260,6 +262,7 @@ def _placement(cluster: Cluster, ranks: list[int], hosts: int, servers: list[tup
     else:
         what = f"{len(servers)} vLLM servers"
         size, alone = f", tensor-parallel {len(servers[0])} each, ", "for themselves"
+    sleeps = "asleep while it trains" if config.rollout.rollout_sleep else "both stay in memory"
     lines, start = [], 0
     for node, count in enumerate(ranks):
         if node in (0, 1, 2, cluster.nodes - 1):
@@ -269,9 +272,7 @@ def _placement(cluster: Cluster, ranks: list[int], hosts: int, servers: list[tup
             if node < hosts and own:
                 lines.append(f"node {node}: {gpus(count, own)}: {what}{size}{alone}")
             elif node < hosts:
-                lines.append(
-                    f"node {node}: {gpus(0, 1)}: {what}, shared with rank {start} (no sleep and wake yet)"
-                )
+                lines.append(f"node {node}: {gpus(0, 1)}: {what}, shared with rank {start} ({sleeps})")
             if node == 0:
                 lines.append("node 0: CPU: prompts, rewards, metrics (rank 0)")
         elif node == 3:
@@ -332,10 +333,14 @@ def _memory(
         rows.append((f"trainer, stage {stage}" if stages > 1 else "trainer", memory))
     share = config.rollout.rollout_gpu_memory_utilization * capacity
     server = Memory(0, 0, 0, 0, 0, vllm=share)
+    first = rows[0][1]
     if server_gpus:
         rows.append((f"vLLM ({server_gpus} GPU{'s' if server_gpus > 1 else ''})", server))
+    elif config.rollout.rollout_sleep:
+        rows.append(("rank 0, vLLM asleep", replace(first, vllm=VLLM_OVERHEAD_GIB * GIB)))
+        rows.append(("rank 0, vLLM awake", replace(first, activations=0, logits=0, vllm=share)))
     else:
-        rows.append(("rank 0 with vLLM", replace(rows[0][1], vllm=share)))
+        rows.append(("rank 0 with vLLM", replace(first, vllm=share)))
     for who, memory in rows:
         if memory.total > capacity:
             refusals.append(_too_much(who, memory, capacity, config))

@@ -15,15 +15,17 @@ from siren_megatron.rollout.health import HealthMonitor
 from siren_megatron.rollout.hosts import Hosts, node_address
 from siren_megatron.rollout.placement import server_devices
 from siren_megatron.rollout.server import RemoteServer, RolloutServer
+from siren_megatron.rollout.transfer.choice import weight_transfer
 from siren_megatron.rollout.vllm_command import ServerOptions
-from siren_megatron.rollout.weight_sync import ServerSyncFailed, WeightPublisher
+from siren_megatron.rollout.weight_sync import ServerSyncFailed, UpdateStats, WeightPublisher
 
 
 def server_options(config: Config, hosts: Hosts, *, on_cpu: bool) -> list[ServerOptions]:
     """How this node's servers are started; for a rank that hosts some.
 
     Raises:
-        ValueError: `--rollout-devices` names a GPU that is not there or not free.
+        ValueError: `--rollout-devices` names a GPU that is not there or not free, or `--weight-transfer` or
+            `--rollout-sleep` needs one.
     """
     rollout = config.rollout
     placed = server_devices(
@@ -47,6 +49,8 @@ def server_options(config: Config, hosts: Hosts, *, on_cpu: bool) -> list[Server
         device="cpu" if on_cpu else "cuda",
         gpu_memory_utilization=rollout.rollout_gpu_memory_utilization,
         start_timeout_s=rollout.rollout_start_timeout,
+        weight_transfer=weight_transfer(rollout, on_cpu=on_cpu),
+        sleep_level=rollout.rollout_sleep,
     )
     if not hosts.several and len(placed) == 1:
         return [dataclasses.replace(common, **placed[0])]
@@ -63,10 +67,14 @@ class NodeServers:
     Args:
         options: of each server.
         health_timeout_s: `--rollout-health-timeout`.
+
+    Attributes:
+        last_update: what the last complete update moved; None before one.
     """
 
     def __init__(self, options: Sequence[ServerOptions], health_timeout_s: float) -> None:
         self._options, self._health_timeout_s = options, health_timeout_s
+        self.last_update: UpdateStats | None = None
         self._publisher: WeightPublisher | None = None  # of all servers as they are now
         self._servers: list[RolloutServer] = []
         self._monitors: dict[int, HealthMonitor] = {}
@@ -99,7 +107,7 @@ class NodeServers:
         """
         for index in range(len(self)):
             self._watch(index)
-        self._publisher = self._joined(self._servers)
+        self._of_all()
 
     def publish(self, weights: Iterator[tuple[str, Tensor]], only: int | None = None) -> dict[int, str]:
         """Give the weights to all servers, or to one.
@@ -112,13 +120,28 @@ class NodeServers:
         """
         try:
             if only is None:
-                self._publisher = self._publisher or self._joined(self._servers)
-                self._publisher.update(weights)
+                self.last_update = self._of_all().update(weights)
             else:
-                self._publisher = None
-                self._joined([self._servers[only]]).update(weights)
+                self._part()
+                publisher = self._joined([self._servers[only]])
+                try:
+                    self.last_update = publisher.update(weights)
+                finally:
+                    publisher.close()
         except ServerSyncFailed as failure:
-            return {k: str(failure) for k, server in enumerate(self._servers) if server in failure.servers}
+            return self._named(failure)
+        return {}
+
+    def sleep(self) -> dict[int, str]:
+        """All servers free GPU memory until the next update, as `--rollout-sleep` says.
+
+        Returns:
+            Why each server that failed did.
+        """
+        try:
+            self._of_all().sleep()
+        except ServerSyncFailed as failure:
+            return self._named(failure)
         return {}
 
     def restart(self, index: int) -> None:
@@ -131,13 +154,27 @@ class NodeServers:
         taken = [server.port for server in self._servers]
         self._servers[index] = RolloutServer.start(self._options[index], taken)
         self._watch(index)
-        self._publisher = None
+        self._part()
 
     def stop(self) -> None:
         """End all servers, side by side. May be called again."""
+        self._part()
         if self._servers:
             with ThreadPoolExecutor(len(self._servers)) as pool:
                 list(pool.map(self._end, range(len(self._servers))))
+
+    def _of_all(self) -> WeightPublisher:
+        self._publisher = self._publisher or self._joined(self._servers)
+        return self._publisher
+
+    def _part(self) -> None:
+        """Let go of the servers' common update: one of them is another now, or goes its own way."""
+        if self._publisher is not None:
+            self._publisher.close()
+            self._publisher = None
+
+    def _named(self, failure: ServerSyncFailed) -> dict[int, str]:
+        return {k: str(failure) for k, server in enumerate(self._servers) if server in failure.servers}
 
     def _joined(self, servers: Sequence[RolloutServer]) -> WeightPublisher:
         publisher = WeightPublisher(servers)

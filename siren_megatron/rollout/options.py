@@ -41,6 +41,19 @@ class RolloutOptions:
     rollout_tensor_parallel_size: int = option(
         0, "GPUs of --rollout-devices that one vLLM server takes; 0 = all, which makes one server", minimum=0
     )
+    weight_transfer: str = option(
+        "auto",
+        "how vLLM gets new weights: through shared memory, CUDA IPC (it shares the first rank's GPU) or NCCL "
+        "(it has GPUs of its own); auto = the one of the three that is made for the case",
+        choices=("auto", "shared-memory", "ipc", "nccl"),
+    )
+    rollout_sleep: int = option(
+        0,
+        "what a vLLM that shares the first rank's GPU frees while the trainer trains: 0 = nothing, 1 = the "
+        "KV cache, and its weights move to the machine's memory, 2 = both",
+        minimum=0,
+        maximum=2,
+    )
     rollout_start_timeout: float = option(300.0, "seconds for the server to become ready", above=0)
     rollout_request_timeout: float = option(600.0, "seconds for one generation request", above=0)
     rollout_request_retries: int = option(

@@ -31,8 +31,8 @@ from siren_megatron.rollout.weight_sync import WeightSyncError
 T = TypeVar("T")
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
 
-# What rank 0 wants of the others; the last two name a server, or all.
-_DONE, _GIVE_WEIGHTS, _ABORT, _RESTART = range(4)
+# What rank 0 wants of the others; giving weights and starting again name a server, or all.
+_DONE, _GIVE_WEIGHTS, _ABORT, _RESTART, _SLEEP = range(5)
 _ALL = -1
 _ABORT_S = 10.0
 
@@ -47,6 +47,9 @@ class RolloutService:
         hosts: which ranks have servers.
         is_main: whether this is rank 0.
         report: prints a line for the user.
+
+    Attributes:
+        sync_metrics: on rank 0, size and time of the last weight update.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class RolloutService:
         self._config, self._report = config.rollout, report
         self.control, self._hosts = control, hosts
         self._is_main = is_main
+        self.sync_metrics: dict[str, float] = {}
         self._others_wait = False
         self._restarts = 0
         self._counted: dict[str, float] = {}
@@ -127,6 +131,8 @@ class RolloutService:
                 raise SystemExit(1)
             if command == _RESTART:
                 self._start_again(server)
+            elif command == _SLEEP:
+                self._put_to_sleep()
             else:
                 self._give_weights(server)
 
@@ -194,6 +200,18 @@ class RolloutService:
         """
         self._publish(_ALL)
 
+    def sleep(self) -> None:
+        """On rank 0, while the others assist: nothing will be sampled before the next weight update.
+
+        Raises:
+            RolloutError: the servers failed more often than they may.
+        """
+        if not self._config.rollout_sleep:
+            return
+        while failed := self._tell_to(_SLEEP, _ALL, self._put_to_sleep):
+            for k, why in failed.items():
+                self._replace(k, ServerFailed(why))
+
     def pop_counts(self) -> dict[str, float]:
         """On rank 0: what happened since the last call.
 
@@ -222,17 +240,23 @@ class RolloutService:
 
     def _publish(self, server: int) -> None:
         """The current weights to a server or to all, until each of them has them."""
-        while failed := self._tell_to_give_weights(server):
+        while failed := self._tell_to(_GIVE_WEIGHTS, server, lambda: self._give_weights(server)):
             for k, why in failed.items():
                 self._restart(k, ServerFailed(why))
         for client in self._clients if server == _ALL else [self._clients[server]]:
             client.weight_version = self._version()
+        if (update := self._servers.last_update) is not None:
+            self.sync_metrics = {"weight_sync_bytes": update.bytes, "weight_sync_seconds": update.seconds}
 
-    def _tell_to_give_weights(self, server: int) -> dict[int, str]:
-        """Why each server that failed did."""
-        self.control.tell(_GIVE_WEIGHTS, server)
-        failed = enumerate(self._give_weights(server))
+    def _tell_to(self, command: int, server: int, act: Callable[[], list[Any]]) -> dict[int, str]:
+        """On rank 0: what all ranks do together; why each server that failed did."""
+        self.control.tell(command, server)
+        failed = enumerate(act())
         return {n * len(self._servers) + k: why for n, of_node in failed for k, why in of_node.items()}
+
+    def _put_to_sleep(self) -> list[Any]:
+        """On every rank; on rank 0 which servers failed and why, host by host."""
+        return self._outcomes(self._attempt(self._servers.sleep) if self._servers is not None else {})
 
     def _give_weights(self, server: int) -> list[Any]:
         """On every rank; on rank 0 which servers failed and why, host by host."""

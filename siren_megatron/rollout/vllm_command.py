@@ -8,8 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TRANSFER_BACKEND = "siren_shared_memory"
-"""Name under which `vllm_worker` registers its weight-transfer engine with vLLM."""
+TRANSFER_BACKENDS = {
+    "shared-memory": "siren_shared_memory",
+    "ipc": "siren_ipc",
+    "nccl": "siren_nccl",
+}
+"""Values of `weight_transfer`, and the names under which `vllm_worker` registers their engines with vLLM."""
 WORKER_EXTENSION = "siren_megatron.rollout.vllm_worker.WorkerExtension"
 KEY_MIDDLEWARE = "siren_megatron.rollout.auth.RequireKey"
 
@@ -40,7 +44,11 @@ class ServerOptions:
         gpu_memory_utilization: share of a GPU's memory for vLLM, in (0, 1]; used when kv_cache_bytes is 0.
         cpu_threads: OpenMP threads of each CPU worker.
         start_timeout_s: seconds until the server has to be ready.
+        weight_transfer: how new weights come: "shared-memory", "ipc" (from the same GPU) or "nccl" (from
+            another).
         transfer_dir: parent of the private directory through which new weights come; "" = shared memory.
+        sleep_level: what `WeightPublisher.sleep` frees on a GPU: 0 = nothing, 1 = the KV cache, with the
+            weights moved to the machine's memory, 2 = both.
         extra_args: further arguments for vLLM's API server.
         extra_env: further environment variables of the server.
     """
@@ -59,7 +67,9 @@ class ServerOptions:
     gpu_memory_utilization: float = 0.5
     cpu_threads: int = 1
     start_timeout_s: float = 300.0
+    weight_transfer: str = "shared-memory"
     transfer_dir: str = ""
+    sleep_level: int = 0
     extra_args: tuple[str, ...] = ()
     extra_env: Mapping[str, str] = field(default_factory=dict)
 
@@ -68,6 +78,14 @@ class ServerOptions:
             raise ValueError(f"dtype is {self.dtype!r}; vLLM is served in float32 or bfloat16")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device is {self.device!r}; it has to be cpu or cuda")
+        if self.weight_transfer not in TRANSFER_BACKENDS:
+            raise ValueError(
+                f"weight_transfer is {self.weight_transfer!r}; it has to be {', '.join(TRANSFER_BACKENDS)}"
+            )
+        if self.sleep_level not in (0, 1, 2):
+            raise ValueError(f"sleep_level is {self.sleep_level}; it has to be 0, 1 or 2")
+        if self.device == "cpu" and (self.weight_transfer != "shared-memory" or self.sleep_level):
+            raise ValueError("a server on a CPU takes weights from shared memory, and does not sleep")
         if not (Path(self.model) / "config.json").is_file():
             raise ValueError(f"model: {self.model} holds no config.json, so it is no Hugging Face checkpoint")
         positive = ("max_model_len", "tensor_parallel_size", "max_num_seqs", "cpu_threads", "start_timeout_s")
@@ -98,7 +116,7 @@ def server_arguments(options: ServerOptions, port: int, name: str) -> list[str]:
         "--generation-config", "vllm",
         "--skip-tokenizer-init",
         "--load-format", "safetensors",  # never a pickle
-        "--weight-transfer-config", json.dumps({"backend": TRANSFER_BACKEND}),
+        "--weight-transfer-config", json.dumps({"backend": TRANSFER_BACKENDS[options.weight_transfer]}),
         "--worker-extension-cls", WORKER_EXTENSION,
         "--disable-uvicorn-access-log",
         # vLLM's own check of the key leaves out the endpoints that pause it and change its weights.
@@ -110,6 +128,8 @@ def server_arguments(options: ServerOptions, port: int, name: str) -> list[str]:
         arguments += ["--gpu-memory-utilization", str(options.gpu_memory_utilization)]
     if options.device == "cpu":
         arguments += ["--enforce-eager"]
+    if options.sleep_level:
+        arguments += ["--enable-sleep-mode"]
     return arguments + list(options.extra_args)
 
 
@@ -143,5 +163,7 @@ def server_environment(options: ServerOptions, base: Mapping[str, str], api_key:
         )
         if options.tensor_parallel_size == 1:
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # starts in half the time
+    if options.weight_transfer == "ipc":
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # the handles of GPU memory are pickles
     environment.update(options.extra_env)
     return environment

@@ -1,43 +1,44 @@
-"""Trainer's side of a weight update: full Hugging Face tensors -> shared memory -> the running vLLM servers.
+"""Trainer's side of a weight update: full Hugging Face tensors -> chunks -> the running vLLM servers.
 
-The tensors stream: at most one chunk (a safetensors file in shared memory) is under way at a time, so the
-model is never whole in memory a second time. `vllm_worker` is the other end. This module imports no vLLM.
+The tensors stream: while the servers load one chunk the next is filled, and there are never more than these
+two, so the model is never whole in memory a second time. How chunks travel is a transport's matter
+(`transfer`); `vllm_worker` is the other end. This module imports no vLLM.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from siren_megatron.conversion.files import HfReader
-from siren_megatron.rollout.http_json import error_text
-from siren_megatron.rollout.server import RolloutServer, ServerFailed
+from siren_megatron.rollout.server import RolloutServer
+from siren_megatron.rollout.transfer.broadcast import BroadcastTransport
+from siren_megatron.rollout.transfer.chunk import pack
+from siren_megatron.rollout.transfer.ipc import IpcTransport
+from siren_megatron.rollout.transfer.nccl_group import NcclGroup
+from siren_megatron.rollout.transfer.server_group import ServerGroup, ServerSyncFailed, WeightSyncError
+from siren_megatron.rollout.transfer.shared_memory import SharedMemoryTransport
 
+__all__ = [
+    "ServerSyncFailed",
+    "UpdateStats",
+    "WeightPublisher",
+    "WeightSyncError",
+    "checkpoint_shapes",
+]
 
-class WeightSyncError(RuntimeError):
-    """The weights could not be replaced: the servers stay paused, and another complete update is needed."""
-
-
-class ServerSyncFailed(WeightSyncError, ServerFailed):
-    """They could not be replaced because a server died, hangs or fails by itself.
-
-    Attributes:
-        servers: those that failed; the others take a complete update as if nothing had happened.
-    """
-
-    def __init__(self, message: str, servers: Sequence[RolloutServer] = ()) -> None:
-        super().__init__(message)
-        self.servers = tuple(servers)
+TRANSPORTS = {
+    "shared-memory": SharedMemoryTransport,
+    "ipc": IpcTransport,
+    "nccl": lambda group: BroadcastTransport(group, NcclGroup),
+}
+"""Values of `ServerOptions.weight_transfer`, each with what makes the transport of a group of servers."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,12 @@ def checkpoint_shapes(model: Path) -> dict[str, tuple[int, ...]]:
 class WeightPublisher:
     """Replaces the weights of running RolloutServers; one in the whole run, in one process of the trainer.
 
-    Each chunk is written once and loaded by all servers side by side. All of them are paused before the first
+    Each chunk is filled once and loaded by all servers side by side. All of them are paused before the first
     chunk and none resumes before the last has everything: no two generate with different weights.
 
     Args:
-        servers: at least one, ready, with the same model and dtype, on this machine.
-        chunk_bytes: size from which a chunk is sent, in bytes; a larger single tensor is a chunk of its own.
+        servers: at least one, ready, with the same model, dtype and transport.
+        chunk_bytes: largest size of a chunk, in bytes; a larger single tensor is a chunk of its own.
         timeout_s: seconds that any single call may take, waiting for running requests included.
     """
 
@@ -92,13 +93,13 @@ class WeightPublisher:
             raise ValueError(f"chunk_bytes is {chunk_bytes}; it has to be positive")
         if timeout_s <= 0:
             raise ValueError(f"timeout_s is {timeout_s}; it has to be positive")
-        self._servers = tuple(servers)
+        options = servers[0].options
+        self._group = ServerGroup(servers, timeout_s)
+        self._transport = TRANSPORTS[options.weight_transfer](self._group)
+        self._sleep_level = options.sleep_level
         self._chunk_bytes = chunk_bytes
-        self._timeout_s = timeout_s
-        options = self._servers[0].options
         self._shapes = checkpoint_shapes(options.model)
         self._dtype = getattr(torch, options.dtype)
-        self._chunks_written = 0
 
     def init(self) -> None:
         """Set up vLLM's end; call it once, before the first update.
@@ -106,10 +107,21 @@ class WeightPublisher:
         Raises:
             ServerSyncFailed: a server refused or does not answer.
         """
-        self._post("/init_weight_transfer_engine", {"init_info": {}})
+        self._transport.open()
+
+    def sleep(self) -> None:
+        """Free the GPU memory of vLLM's caches (and weights) until the next update, which wakes the servers.
+
+        What is asked of them meanwhile waits. Nothing happens at sleep level 0.
+
+        Raises:
+            ServerSyncFailed: a server refused or does not answer.
+        """
+        if self._sleep_level:
+            self._group.post(f"/sleep?level={self._sleep_level}&mode=wait")
 
     def update(self, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> UpdateStats:
-        """Replace all weights: pause, send, reset the prefix cache, resume.
+        """Replace all weights: pause, wake, send, reset the prefix cache, resume.
 
         On failure the servers stay paused: none may generate with half of the new weights. The next
         successful update puts them right. (Only after the last chunk is in force everywhere can a server fail
@@ -117,120 +129,81 @@ class WeightPublisher:
 
         Args:
             named_tensors: every tensor of the checkpoint, full (unsharded), under its Hugging Face name, on
-                the CPU; cast to the server's dtype here. Tensors of one layer should follow each other; a
-                yielded tensor must not be changed during the update. A tied head may be left out.
+                any device; cast to the servers' dtype here. Tensors of one layer should follow each other. It
+                is iterated in the calling thread. A tied head may be left out.
 
         Raises:
             WeightSyncError: a tensor is unknown, missing or of another shape, or shared memory is full.
             ServerSyncFailed: a server failed, died or took longer than timeout_s.
         """
         started = time.monotonic()
-        self._post("/pause?mode=wait")
+        self._group.post("/pause?mode=wait")
+        # The caches sleep on: their memory is not needed before the weights are there.
+        self._wake("weights")
         try:
-            self._post("/start_weight_update")
+            self._group.post("/start_weight_update")
             num_tensors, num_bytes = self._send(named_tensors)
-            self._post("/finish_weight_update")
+            self._group.post("/finish_weight_update")
         except BaseException:
-            self._abort()
+            self._group.abort_update()
             raise
+        finally:
+            self._transport.release()
+        self._wake("kv_cache")
         # Pausing emptied the cache as well, by a parameter that vLLM calls deprecated.
-        self._post("/reset_prefix_cache")
-        self._post("/resume")
+        self._group.post("/reset_prefix_cache")
+        self._group.post("/resume")
         return UpdateStats(num_bytes, time.monotonic() - started, num_tensors)
+
+    def close(self) -> None:
+        """Let go of the servers; it does not end them."""
+        self._transport.close()
+
+    def _wake(self, what: str) -> None:
+        if self._sleep_level:
+            torch.cuda.empty_cache()  # what this process keeps for later is room that vLLM needs now
+            self._group.post(f"/wake_up?tags={what}")
 
     def _send(self, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> tuple[int, int]:
         sent: set[str] = set()
         total = 0
-        chunk: dict[str, torch.Tensor] = {}
-        chunk_size = 0
-        for name, tensor in named_tensors:
-            self._check(name, tensor, sent)
-            sent.add(name)
-            if name not in self._shapes:
-                continue  # a tied head: the embedding stands for it
-            chunk[name] = _compact(tensor, self._dtype)
-            chunk_size += chunk[name].nbytes
-            total += chunk[name].nbytes
-            if chunk_size >= self._chunk_bytes:
-                self._send_chunk(chunk, chunk_size)
-                chunk, chunk_size = {}, 0
-        missing = sorted(self._shapes.keys() - sent)
-        if missing:
-            raise WeightSyncError(f"a weight update lacks {len(missing)} tensors, among them {missing[0]}")
-        if chunk:
-            self._send_chunk(chunk, chunk_size)
+        chunks = pack(
+            self._checked(named_tensors, sent),
+            self._shapes,
+            self._dtype,
+            self._chunk_bytes,
+            self._transport.allocate,
+        )
+        sending: Future[None] | None = None
+        # One thread sends, in order. Leaving waits for it, whatever happens: no chunk is under way behind us.
+        with ThreadPoolExecutor(1) as sender:
+            for chunk in chunks:
+                if sending is not None:
+                    sending.result()
+                total += len(chunk.buffer)
+                sending = sender.submit(self._transport.send, chunk)
+            if sending is not None:
+                sending.result()
         return len(sent), total
 
-    def _check(self, name: str, tensor: torch.Tensor, sent: set[str]) -> None:
-        if name in sent:
-            raise WeightSyncError(f"a weight update has {name} twice")
-        expected = self._shapes.get(name)
-        if expected is None:
-            if name == "lm_head.weight":
-                return
-            raise WeightSyncError(f"a weight update has {name}, which the served checkpoint has not")
-        if tuple(tensor.shape) != expected:
-            raise WeightSyncError(
-                f"a weight update has {name} of shape {tuple(tensor.shape)}; the checkpoint's is {expected}"
-            )
-
-    def _send_chunk(self, chunk: dict[str, torch.Tensor], size: int) -> None:
-        directory = self._servers[0].transfer_dir
-        # A new name each time: vLLM may still have the last file mapped, and truncating that would crash it.
-        path = directory / f"{self._chunks_written:06d}.safetensors"
-        self._chunks_written += 1
-        try:
-            room = os.statvfs(directory)
-            free = room.f_bavail * room.f_frsize
-            # Shared memory that runs full while being written through a mapping is a SIGBUS, not an error.
-            if free < size + 2**20:
+    def _checked(
+        self, named_tensors: Iterator[tuple[str, torch.Tensor]], sent: set[str]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors to send; every name that came is in `sent` afterwards."""
+        for name, tensor in named_tensors:
+            if name in sent:
+                raise WeightSyncError(f"a weight update has {name} twice")
+            sent.add(name)
+            expected = self._shapes.get(name)
+            if expected is None and name == "lm_head.weight":
+                continue  # tied: the embedding stands for it
+            if expected is None:
+                raise WeightSyncError(f"a weight update has {name}, which the served checkpoint has not")
+            if tuple(tensor.shape) != expected:
                 raise WeightSyncError(
-                    f"{directory} has {free / 2**20:.0f} MiB left, a chunk of weights needs "
-                    f"{size / 2**20:.0f} MiB: enlarge it (docker: --shm-size) or choose another transfer_dir"
+                    f"a weight update has {name} of shape {tuple(tensor.shape)}; "
+                    f"the checkpoint's is {expected}"
                 )
-            save_file(chunk, path)
-            self._post("/update_weights", {"update_info": {"path": str(path)}})
-        except OSError as error:
-            raise WeightSyncError(f"{path} can't be written: {error}") from error
-        finally:
-            path.unlink(missing_ok=True)
-
-    def _abort(self) -> None:
-        """Close vLLM's update sessions, so that the next update can start some. They answer with an error."""
-
-        def abort(server: RolloutServer) -> None:
-            try:
-                server.request("POST", "/update_weights", {"update_info": {"abort": True}}, timeout_s=10.0)
-            except (OSError, http.client.HTTPException):
-                pass  # this server is gone or hangs: the error that brought us here says so
-
-        with ThreadPoolExecutor(len(self._servers)) as pool:
-            list(pool.map(abort, self._servers))
-
-    def _post(self, path: str, body: Any = None) -> None:
-        """The same call to all servers side by side; returns when every one has answered."""
-        with ThreadPoolExecutor(len(self._servers)) as pool:
-            errors = list(pool.map(lambda server: self._post_one(server, path, body), self._servers))
-        failed = [(server, e) for server, e in zip(self._servers, errors, strict=True) if e is not None]
-        if failed:
-            servers, reasons = zip(*failed, strict=True)
-            raise ServerSyncFailed("; ".join(reasons), servers)
-
-    def _post_one(self, server: RolloutServer, path: str, body: Any) -> str | None:
-        """None, or why it failed."""
-        log_file = server.options.log_file
-        try:
-            status, answer = server.request("POST", path, body, timeout_s=self._timeout_s)
-        except TimeoutError:
-            return f"{path} took longer than {self._timeout_s:g} s; vLLM's log: {log_file}"
-        except (OSError, http.client.HTTPException) as error:
-            return f"{path} failed: {server.describe_death()} ({error!r})"
-        if status != 200:
-            return f"{path} failed: HTTP {status}: {error_text(answer)}; vLLM's log: {log_file}"
-        return None
-
-
-def _compact(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor on the CPU in dtype, contiguous and with a storage of its own (safetensors wants both)."""
-    tensor = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+            yield name, tensor
+        if missing := sorted(self._shapes.keys() - sent):
+            raise WeightSyncError(f"a weight update lacks {len(missing)} tensors, among them {missing[0]}")

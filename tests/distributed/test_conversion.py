@@ -49,6 +49,8 @@ def test_imported_in_one_layout_and_loaded_in_any_other(tmp_path):
         for (megatron, checkpoint, options, _), weights in zip(todo, results[0], strict=True):
             what = (checkpoints[megatron], options)
             assert_same(weights, checkpoint, torch.bfloat16, what)
+            layers = [int(name.split(".")[2]) for name in weights if name.startswith("model.layers.")]
+            assert layers == sorted(layers), what  # vLLM keeps what it has of a layer until it has all of it
 
 
 def test_megatrons_own_checkpoints_are_exported(tmp_path):

@@ -69,7 +69,8 @@ def proxy_that_swallows(count: int, url: str) -> str:
 def install_faults() -> None:
     """Patch the stages of a run; needs the platform, so it comes with the first import of the job."""
     from siren_megatron import job
-    from siren_megatron.rollout import service, weight_sync
+    from siren_megatron.rollout import service
+    from siren_megatron.rollout.transfer.shared_memory import SharedMemoryTransport
 
     step_of = {"now": 0}
     pending = {int(step): fault for step, fault in FAULTS.items()}
@@ -112,14 +113,14 @@ def install_faults() -> None:
 
     service.RolloutService.generate = generate_with_faults
 
-    send_chunk = weight_sync.WeightPublisher._send_chunk
+    send = SharedMemoryTransport.send
 
-    def send_chunk_with_faults(self, chunk, size):
+    def send_with_faults(self, chunk):
         if due("kill the API server in an update"):
-            api_server_of(self._servers[0]).send_signal(signal.SIGKILL)
-        send_chunk(self, chunk, size)
+            api_server_of(self.group.servers[0]).send_signal(signal.SIGKILL)
+        send(self, chunk)
 
-    weight_sync.WeightPublisher._send_chunk = send_chunk_with_faults
+    SharedMemoryTransport.send = send_with_faults
 
     compute_advantages = job.Job.compute_advantages
 

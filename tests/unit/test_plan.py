@@ -197,6 +197,16 @@ def test_contradictions_are_refused(options, cluster, message):
         make_plan(config(**options), MATH_7B, Cluster(*cluster, H100))
 
 
+def test_a_vllm_that_sleeps_leaves_its_memory_to_the_activations():
+    shared = dict(rollout_devices=None, rollout_gpu_memory_utilization=0.6)
+    awake = dict(make_plan(config(**shared), MATH_7B, Cluster(1, 8, H100)).memory)["rank 0 with vLLM"]
+    rows = dict(make_plan(config(**shared, rollout_sleep=2), MATH_7B, Cluster(1, 8, H100)).memory)
+    generating, training = rows["rank 0, vLLM awake"], rows["rank 0, vLLM asleep"]
+    assert generating.vllm == awake.vllm > 10 * training.vllm
+    assert (generating.activations, training.activations) == (0, awake.activations)
+    assert max(generating.total, training.total) < awake.total - 3 * 2**30
+
+
 def test_cpus_have_a_placement_and_no_memory():
     plan = make_plan(
         config(rollout_devices=None, bf16=False, **{TP: 2}), MATH_7B, Cluster(2, 0, None, ranks_per_node=1)

@@ -16,9 +16,9 @@ from siren_megatron.rollout.balancer import prompt_seed
 from siren_megatron.rollout.hosts import Hosts
 from siren_megatron.rollout.server import RolloutError, ServerFailed
 from siren_megatron.rollout.service import RolloutService
-from siren_megatron.rollout.weight_sync import ServerSyncFailed, WeightSyncError
+from siren_megatron.rollout.weight_sync import ServerSyncFailed, UpdateStats, WeightSyncError
 
-DONE, GIVE_WEIGHTS, ABORT, RESTART = range(4)
+DONE, GIVE_WEIGHTS, ABORT, RESTART, SLEEP = range(5)
 ALL = -1
 
 
@@ -79,8 +79,11 @@ class World:
             name, _ = next(weights)
             self.happen(f"update {name}", failure)
             self.events += [f"update {name}" for name, _ in weights]
+            return UpdateStats(bytes=12, seconds=0.5, num_tensors=2)
 
-        return SimpleNamespace(init=lambda: None, update=update)
+        return SimpleNamespace(
+            init=lambda: None, update=update, sleep=lambda: self.happen("sleep"), close=lambda: None
+        )
 
     sync_error = ServerSyncFailed
 
@@ -165,6 +168,16 @@ def test_only_what_was_lost_is_asked_again_with_its_own_stream(world, make):
     assert counts.pop("time/rollout_queue") >= 0
     assert counts == {"rollout_restarts": 1, "rollout_retries": 0, "rollout_dropped": 0}
     assert service.pop_counts()["rollout_restarts"] == 0
+
+
+def test_a_server_that_fails_to_sleep_has_a_successor_with_the_weights_that_does(world, make):
+    service = make()
+    world.fail("sleep")
+    service.sleep()
+    assert [e for e in world.events if "starting" not in e] == [
+        *("sleep", "stop 1", "ready 2", "tell 1", "give a", "update a", "give b", "update b", "sleep"),
+    ]
+    assert service.sync_metrics == {"weight_sync_bytes": 12, "weight_sync_seconds": 0.5}
 
 
 def test_a_failed_update_leaves_no_rank_behind_in_the_collective(world, make):

@@ -1,7 +1,10 @@
 """The calls of a weight update, and failures that a real server can't be made to show."""
 
+import errno
 import json
+import math
 import threading
+import time
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -9,11 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from siren_megatron.rollout import weight_sync
 from siren_megatron.rollout.http_json import http_json
+from siren_megatron.rollout.transfer import shared_memory
 from siren_megatron.rollout.weight_sync import (
     ServerSyncFailed,
     WeightPublisher,
@@ -31,21 +33,27 @@ def publisher(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
-    save_file({**WEIGHTS, "lm_head.weight": torch.zeros(2, 2)}, model / "model.safetensors")
 
-    def make_server(name, url):
+    def make_server(name, url, sleep_level):
         transfer_dir = tmp_path / f"transfer-{name}"
         transfer_dir.mkdir(exist_ok=True)
         return SimpleNamespace(
             name=name,
             transfer_dir=transfer_dir,
-            options=SimpleNamespace(model=model, dtype="float32", log_file=Path(f"vllm-{name}.log")),
+            options=SimpleNamespace(
+                model=model,
+                dtype="float32",
+                log_file=Path(f"vllm-{name}.log"),
+                weight_transfer="shared-memory",
+                sleep_level=sleep_level,
+            ),
             describe_death=lambda: f"the vLLM server {name} died (exit code 0)",
             request=partial(http_json, url),
         )
 
     @contextmanager
-    def make(*answers, **options):
+    def make(*answers, tensors=WEIGHTS, sleep_level=0, **options):
+        save_file({**tensors, "lm_head.weight": torch.zeros(2, 2)}, model / "model.safetensors")
         answers = answers or (lambda path, body: (200, {}),)
         calls = [[] for _ in answers]
 
@@ -58,7 +66,7 @@ def publisher(tmp_path):
 
         with ExitStack() as stack:
             servers = [
-                make_server(str(i), stack.enter_context(fake_server(recorded(answer, mine))))
+                make_server(str(i), stack.enter_context(fake_server(recorded(answer, mine))), sleep_level)
                 for i, (answer, mine) in enumerate(zip(answers, calls, strict=True))
             ]
             yield WeightPublisher(servers, **options), calls[0], calls
@@ -85,22 +93,40 @@ def test_the_calls_of_an_update_and_its_statistics(publisher):
     assert stats.seconds > 0
 
 
-def test_chunks_are_files_of_their_own_that_are_gone_afterwards(publisher, tmp_path):
-    seen = []
+def received(body):
+    """{name: tensor} of the chunk that a call to /update_weights tells of, as vLLM's worker reads it."""
+    info = body["update_info"]
+    dtypes = [getattr(torch, name) for name in info["dtype_names"]]
+    sizes = [math.prod(s) * d.itemsize for s, d in zip(info["shapes"], dtypes, strict=True)]
+    packed = torch.frombuffer(bytearray(Path(info["path"]).read_bytes()), dtype=torch.uint8)
+    # Behind the last tensor a file may have room, which is not part of the chunk.
+    parts = packed[: sum(sizes)].split(sizes)
+    return {
+        name: part.view(dtype).view(shape)
+        for name, part, dtype, shape in zip(info["names"], parts, dtypes, info["shapes"], strict=True)
+    }
+
+
+def test_chunks_take_turns_in_two_files_that_are_gone_afterwards(publisher, tmp_path):
+    seen, paths = {}, []
+    parts = {f"{letter}.weight": torch.full((2,), float(ord(letter))) for letter in "abcde"}
 
     def answer(path, body):
         if path == "/update_weights":
-            seen.append(checkpoint_names(body["update_info"]["path"]))
+            chunk = received(body)
+            assert len(chunk) == 1
+            seen.update(chunk)
+            paths.append(body["update_info"]["path"])
         return 200, {}
 
-    def checkpoint_names(path):
-        with safe_open(path, framework="pt") as tensors:
-            return list(tensors.keys())
-
-    with publisher(answer, chunk_bytes=8) as (weights, _, _):
-        weights.update(iter(WEIGHTS.items()))
-    assert seen == [["a.weight"], ["b.weight"]]
-    assert list((tmp_path / "transfer-0").iterdir()) == []
+    with publisher(answer, tensors=parts, chunk_bytes=8) as (weights, _, _):
+        weights.update(iter(parts.items()))
+        assert list((tmp_path / "transfer-0").iterdir()) == []
+        weights.update(iter(parts.items()))
+    assert seen.keys() == parts.keys()
+    for name, tensor in parts.items():
+        assert torch.equal(seen[name], tensor)
+    assert paths[:5] == [paths[0], paths[1]] * 2 + [paths[0]] and len(set(paths)) == 4
 
 
 @pytest.mark.parametrize(
@@ -139,27 +165,80 @@ def test_an_error_in_making_the_tensors_is_passed_on(publisher):
 
 
 def test_views_and_other_dtypes_are_sent_as_the_servers_own(publisher):
-    received = {}
+    tensors = {}
 
     def answer(path, body):
         if path == "/update_weights":
-            with safe_open(body["update_info"]["path"], framework="pt") as tensors:
-                received.update({name: tensors.get_tensor(name) for name in tensors.keys()})
+            tensors.update(received(body))
         return 200, {}
 
     whole = torch.arange(11.0)
     with publisher(answer) as (weights, _, _):
         weights.update(iter([("a.weight", whole[:8].view(2, 4).t()), ("b.weight", whole[8:].bfloat16())]))
-    assert torch.equal(received["a.weight"], whole[:8].view(2, 4).t())
-    assert torch.equal(received["b.weight"], torch.tensor([8.0, 9.0, 10.0]))
+    assert torch.equal(tensors["a.weight"], whole[:8].view(2, 4).t())
+    assert torch.equal(tensors["b.weight"], torch.tensor([8.0, 9.0, 10.0]))
 
 
-def test_full_shared_memory_is_told_before_anything_is_written(publisher, monkeypatch):
-    monkeypatch.setattr(weight_sync.os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096))
+def test_full_shared_memory_is_told_before_anything_is_written(publisher, monkeypatch, tmp_path):
+    def full(fd, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shared_memory.os, "posix_fallocate", full)
     with publisher() as (weights, calls, _):
-        with pytest.raises(WeightSyncError, match="MiB left, a chunk of weights needs"):
+        with pytest.raises(WeightSyncError, match=r"no room for a chunk .* \(No space left"):
             weights.update(iter(WEIGHTS.items()))
     assert "/update_weights" not in calls
+    assert list((tmp_path / "transfer-0").iterdir()) == []
+
+
+def test_the_next_chunk_is_made_while_one_is_loaded_and_no_more_than_that(publisher):
+    events, two_made, lock = [], threading.Event(), threading.Lock()
+
+    def answer(path, body):
+        if path == "/update_weights" and "names" in body["update_info"]:
+            name = body["update_info"]["names"][0]
+            if name == "a.weight":
+                assert two_made.wait(20)  # it comes while this one is under way
+                time.sleep(0.2)  # a third would have the time to come
+            with lock:
+                events.append(f"loaded {name}")
+        return 200, {}
+
+    parts = {f"{letter}.weight": torch.zeros(1) for letter in "abcd"}
+
+    def tensors():
+        for name, tensor in parts.items():
+            with lock:
+                events.append(f"made {name}")
+            if name == "c.weight":
+                two_made.set()
+            yield name, tensor
+
+    with publisher(answer, tensors=parts, chunk_bytes=4) as (weights, _, _):
+        weights.update(tensors())
+    # b is a chunk that waits, and c has to come before it is known that b is whole.
+    assert events[:4] == ["made a.weight", "made b.weight", "made c.weight", "loaded a.weight"]
+    assert [event for event in events if event.startswith("loaded")] == [f"loaded {name}" for name in parts]
+
+
+def test_a_sleeping_server_wakes_its_weights_before_and_its_cache_after_the_update(publisher):
+    with publisher(sleep_level=2) as (weights, calls, _):
+        weights.sleep()
+        weights.update(iter(WEIGHTS.items()))
+    assert calls == [
+        "/sleep?level=2&mode=wait",
+        "/pause?mode=wait",
+        "/wake_up?tags=weights",
+        "/start_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
+        "/wake_up?tags=kv_cache",
+        "/reset_prefix_cache",
+        "/resume",
+    ]
+    with publisher() as (weights, calls, _):
+        weights.sleep()
+    assert calls == []
 
 
 @pytest.mark.parametrize("path", ["/pause?mode=wait", "/start_weight_update", "/finish_weight_update"])
