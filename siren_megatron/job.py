@@ -34,17 +34,13 @@ from siren_megatron.rewards.pool import RewardPool, RewardPoolError
 from siren_megatron.rollout.client import RolloutError
 from siren_megatron.rollout.hosts import Hosts
 from siren_megatron.rollout.node_servers import server_options
-from siren_megatron.rollout.policy_check import check_logprobs
+from siren_megatron.rollout.policy_check import PolicyCheck
 from siren_megatron.rollout.schedule import RolloutSchedule
 from siren_megatron.rollout.service import RolloutService
 from siren_megatron.rollout.weight_sync import WeightSyncError
 from siren_megatron.signals import StopSignals, describe
 from siren_megatron.token_record import TokenRecorder
 from siren_megatron.trainer import Trainer, initialize_model_parallel
-
-CHECK_TOKENS = 8
-"""Response tokens that vLLM and the trainer compare after each weight update."""
-
 
 _ONE_LINE = (RolloutError, WeightSyncError, NonFiniteError, RewardPoolError, SaveError)
 
@@ -130,6 +126,7 @@ class Job:
             weights=lambda: hosts.share(self.trainer.hf_weights(named_on=hosts.ranks)),
             version=lambda: self.step,
         )
+        self.policy_check = PolicyCheck(config, self.rollouts, self.trainer)
         if self.is_main:
             self.logger = self._stack.enter_context(self._make_logger())
             self.trainer.skips.report = self.logger.print
@@ -249,7 +246,7 @@ class Job:
             if self.trainer.reference is not None:
                 batch = self.trainer.compute_ref_logprobs(batch)
         if not self._is_stale:
-            self._check_logprobs(batch, "rollout")
+            self.policy_check.compare(batch, self.step, "rollout")
         if self.entropy_anchor is None or not math.isfinite(self.entropy_anchor):
             self.entropy_anchor = self.trainer.entropy.measure(batch)
         return batch
@@ -285,41 +282,14 @@ class Job:
             batch = None
             if self.is_main:
                 self.rollouts.update_weights()
-                batch = self.rollouts.run(self._sample_check)
+                prompt, stop = (
+                    self.dataset.prompts[self.step % len(self.dataset)],
+                    self.tokenizer.eos_token_id,
+                )
+                batch = self.rollouts.run(lambda: self.policy_check.sample(prompt.token_ids, stop))
             self.rollouts.assist()
             batch = self.trainer.compute_logprobs(broadcast_batch(batch, self.platform.device))
-            # Row by row: one server that has other weights must not hide among many.
-            rows = [batch.rows(row, row + 1) for row in range(batch.num_responses)]
-            self.weight_sync_diff = max(self._check_logprobs(row, "weight update") for row in rows)
-
-    def _sample_check(self) -> TrainBatch:
-        """A few tokens from each vLLM server, in a batch that every data-parallel rank has a share of."""
-        prompt = self.dataset.prompts[self.step % len(self.dataset)]
-        # As many requests at once as there are servers: each gets one.
-        servers = self.rollouts.num_servers
-        groups = self.rollouts.generate(
-            [prompt.token_ids] * servers,
-            stream_ids=[0] * servers,
-            num_samples=1,
-            max_tokens=min(CHECK_TOKENS, self.config.rollout.rollout_max_response_length),
-            temperature=self.config.rollout.rollout_temperature,
-            seed=self.config.train.seed,
-            stop_token_ids=[self.tokenizer.eos_token_id],
-        )
-        rows = -(-servers // self.trainer.smallest_batch) * self.trainer.smallest_batch
-        samples = [groups[row % servers][0] for row in range(rows)]
-        zeros = torch.zeros(rows)
-        return make_batch(samples, zeros, zeros, multiple=self.trainer.length_multiple)
-
-    def _check_logprobs(self, batch: TrainBatch, when: str) -> float:
-        return check_logprobs(
-            batch.old_logprobs,
-            batch.rollout_logprobs,
-            batch.loss_mask,
-            tolerance=self.config.logprob_tolerance,
-            step=self.step,
-            when=when,
-        )
+            self.weight_sync_diff = self.policy_check.compare_servers(batch, self.step)
 
     def evaluate_if_due(self) -> None:
         """Sample and grade the benchmarks every `--eval-interval` steps; `log` records it with the step."""
