@@ -100,9 +100,13 @@ def world(monkeypatch):
 def make(world, tmp_path):
     """make(max_restarts) -> a connected service of rank 0; what the others hear is in world.events."""
 
-    def make(max_restarts=3, is_main=True, heard=(), servers=1, hosts=None, gather=None):
+    def make(max_restarts=3, is_main=True, heard=(), servers=1, hosts=None, gather=None, sleep=0):
         config = Config.of(
-            hf_checkpoint=tmp_path, prompt_data=tmp_path, save=tmp_path, rollout_max_restarts=max_restarts
+            hf_checkpoint=tmp_path,
+            prompt_data=tmp_path,
+            save=tmp_path,
+            rollout_max_restarts=max_restarts,
+            rollout_sleep=sleep,
         )
         commands = iter(heard)
         control = SimpleNamespace(
@@ -171,12 +175,12 @@ def test_only_what_was_lost_is_asked_again_with_its_own_stream(world, make):
 
 
 def test_a_server_that_fails_to_sleep_has_a_successor_with_the_weights_that_does(world, make):
-    service = make()
+    service = make(sleep=1)
     world.fail("sleep")
     service.sleep()
-    assert [e for e in world.events if "starting" not in e] == [
-        *("sleep", "stop 1", "ready 2", "tell 1", "give a", "update a", "give b", "update b", "sleep"),
-    ]
+    told = [f"tell {SLEEP} {ALL}", "sleep"]
+    replaced = ["stop 1", "ready 2", f"tell {GIVE_WEIGHTS} 0", "give a", "update a", "give b", "update b"]
+    assert [e for e in world.events if "starting" not in e] == [*told, *replaced, *told]
     assert service.sync_metrics == {"weight_sync_bytes": 12, "weight_sync_seconds": 0.5}
 
 
