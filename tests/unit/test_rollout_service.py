@@ -82,7 +82,10 @@ class World:
             return UpdateStats(bytes=12, seconds=0.5, num_tensors=2)
 
         return SimpleNamespace(
-            init=lambda: None, update=update, sleep=lambda: self.happen("sleep"), close=lambda: None
+            init=lambda: None,
+            update=update,
+            sleep=lambda: self.happen("sleep", failure),
+            close=lambda: None,
         )
 
     sync_error = ServerSyncFailed
