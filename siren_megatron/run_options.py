@@ -64,6 +64,13 @@ class TrainOptions:
         "0 = padded micro-batches of --micro-batch-size",
         minimum=0,
     )
+    fused_linear: str = option(
+        "auto",
+        "compute logits a chunk at a time, and once more in the backward pass, so that they are never whole; "
+        "auto = where a micro-batch's would take over a quarter of the bytes that the rank holds in weights, "
+        "gradients and optimizer",
+        choices=("auto", "on", "off"),
+    )
     global_batch_size: int = option(64, "responses of one optimizer step, over all ranks", minimum=1)
     seq_length: int = option(4096, "most tokens of prompt + response", minimum=2)
     lr: float = option(1e-6, "peak learning rate of AdamW", above=0)

@@ -17,6 +17,7 @@ class RolloutOptions:
     rollout_temperature: float = option(1.0, "sampling temperature", above=0)
     rollout_max_in_flight: int = option(8, "requests that wait at the server at a time", minimum=1)
     rollout_kv_cache_mb: int = option(256, "vLLM's KV cache on a CPU, in MiB", minimum=16)
+    rollout_cpu_threads: int = option(1, "threads of a vLLM server on a CPU", minimum=1)
     rollout_gpu_memory_utilization: float = option(
         0.5, "share of a GPU's memory that vLLM takes", above=0, maximum=1
     )

@@ -49,6 +49,7 @@ def server_options(config: Config, *, on_cpu: bool) -> ServerOptions:
         kv_cache_bytes=rollout.rollout_kv_cache_mb * 2**20 if on_cpu else 0,
         host=rollout.rollout_host,
         device="cpu" if on_cpu else "cuda",
+        cpu_threads=rollout.rollout_cpu_threads,
         gpu_memory_utilization=rollout.rollout_gpu_memory_utilization,
         start_timeout_s=rollout.rollout_start_timeout,
         **server_devices(

@@ -121,11 +121,12 @@ def megatron_greedy(rank, world_size, save, checkpoint, prompts, max_tokens):
         for _ in range(max_tokens):
             tokens = torch.tensor([ids])
             with torch.no_grad():
-                logits = trainer.model[0](
+                hidden = trainer.model[0](
                     input_ids=tokens, position_ids=torch.arange(len(ids))[None], attention_mask=None
                 )
-            shards = [torch.empty_like(logits[0, -1]) for _ in range(world_size)]
-            torch.distributed.all_gather(shards, logits[0, -1].contiguous(), group=trainer.tp_group)
+                logits = hidden[0, -1] @ trainer.head_weight.t()
+            shards = [torch.empty_like(logits) for _ in range(world_size)]
+            torch.distributed.all_gather(shards, logits, group=trainer.tp_group)
             ids.append(int(torch.cat(shards)[: trainer.vocab_size].argmax()))
         responses.append(ids[len(prompt) :])
     return responses
