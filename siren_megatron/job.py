@@ -275,17 +275,25 @@ class Job:
     def compute_logprobs(self, batch: TrainBatch) -> TrainBatch:
         """Log-probs and entropies of the policy (and the reference's); the first call sets the anchor.
 
+        With --rollout-logprobs-as-old vLLM's log-probs are the old ones, and the policy's own are computed
+        only where the anchor or a record needs them.
+
         Raises:
             RolloutError: vLLM sampled from another policy than the trainer holds.
         """
+        as_old = self.config.correction.rollout_logprobs_as_old
+        no_anchor = self.entropy_anchor is None or not math.isfinite(self.entropy_anchor)
+        measured = not as_old or no_anchor or self.recorder.is_due(self.step + 1)
         with self.timer.stage("logprob"):
-            batch = self.trainer.compute_logprobs(batch)
+            if measured:
+                batch = self.trainer.compute_logprobs(batch)
             if self.trainer.reference is not None:
                 batch = self.trainer.compute_ref_logprobs(batch)
-        self._check_logprobs(batch, "rollout")
-        if self.entropy_anchor is None or not math.isfinite(self.entropy_anchor):
+        if measured:
+            self._check_logprobs(batch, "rollout")
+        if no_anchor:
             self.entropy_anchor = self.trainer.entropy.measure(batch)
-        return batch
+        return batch.replace(old_logprobs=batch.rollout_logprobs) if as_old else batch
 
     def compute_advantages(self, batch: TrainBatch) -> TrainBatch:
         """Advantages from rewards, and from the log-probs where a KL is taken from the reward."""
@@ -379,23 +387,17 @@ class Job:
     def _log(self, batch: TrainBatch, metrics: dict[str, float]) -> None:
         if not self.is_main:
             return
-        mask, times = batch.loss_mask, self.timer.pop()
-        tokens = batch.num_tokens
+        times, tokens = self.timer.pop(), batch.num_tokens
         self.logger.log(
             self.step,
             {
                 "reward": float(batch.rewards.mean()),
-                "entropy": float(batch.entropy[mask].mean()),
-                "entropy_top_p": float(batch.top_p_entropy[mask].mean()),
-                "siren/entropy_masked": self.trainer.masked_entropy(batch),
+                **(self._entropies(batch) if not self.trainer.entropy.without_pass else {}),
                 self._anchor_name: self.trainer.entropy.target(self.entropy_anchor),
                 **self.sampling_metrics,
                 **self.evaluation.metrics_of(self.step),
                 **metrics,
                 "response_length": tokens / batch.num_responses,
-                "rollout_logprob_diff": float(
-                    (batch.old_logprobs - batch.rollout_logprobs).abs()[mask].max()
-                ),
                 "weight_sync_logprob_diff": self.weight_sync_diff,
                 "reward_timeouts": self.reward_result.num_timeouts,
                 "reward_errors": self.reward_result.num_errors,
@@ -404,6 +406,16 @@ class Job:
                 **times,
             },
         )
+
+    def _entropies(self, batch: TrainBatch) -> dict[str, float]:
+        """Of the log-prob pass; without it the update tells them of its own forward pass."""
+        mask = batch.loss_mask
+        return {
+            "entropy": float(batch.entropy[mask].mean()),
+            "entropy_top_p": float(batch.top_p_entropy[mask].mean()),
+            "siren/entropy_masked": self.trainer.masked_entropy(batch),
+            "rollout_logprob_diff": float((batch.old_logprobs - batch.rollout_logprobs).abs()[mask].max()),
+        }
 
     @functools.cached_property
     def saver(self) -> CheckpointSaver:

@@ -6,6 +6,7 @@ length, T = tokens of a packed micro-batch, V = vocabulary, tp and cp = tensor- 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -121,7 +122,10 @@ class Trainer:
             wd_incr_style="constant",
         )
         self.entropy = EntropyControl(
-            config.entropy, num_steps=config.train.num_steps, seed=config.train.seed
+            config.entropy,
+            num_steps=config.train.num_steps,
+            seed=config.train.seed,
+            without_pass=config.correction.rollout_logprobs_as_old,
         )
         self.counters = TopPCounters()
         self.skips = SkippedUpdates(config.run.save / "bad_batches", config.train.max_consecutive_skips)
@@ -421,6 +425,10 @@ class Trainer:
             weights=batch.token_weights,
             ref_logprobs=batch.ref_logprobs,
         )
+        sums = control.training_entropy(batch, stats)
+        if sums is not None:
+            dist.all_reduce(sums, group=self.dp_group)
+            entropy_step = dataclasses.replace(entropy_step, step_entropy=float(sums) / scale.num_responses)
         entropy_term, entropy_metrics = entropy_loss(
             control.name, control.loss_inputs(entropy_step, batch, stats, scale, config.grpo.loss_agg)
         )
@@ -434,7 +442,17 @@ class Trainer:
         # - "tokens" is 0, so that finalize_model_grads does not divide by a token count either;
         # - tensor ranks hold the same loss; its gradient is made whole by the layers' own collectives.
         shares = {_LOSS: loss.detach(), **metrics, **entropy_metrics}
+        if control.without_pass:
+            shares |= self._measured(stats, batch, scale.num_tokens)
         return loss, torch.zeros((), dtype=torch.int, device=loss.device), shares
+
+    def _measured(self, stats: TokenStats, batch: TrainBatch, num_tokens: int) -> dict[str, Tensor]:
+        """What the log-prob pass would have told, from the training's forward pass: shares of means."""
+        apart = (stats.logprobs - batch.rollout_logprobs).abs() * batch.loss_mask
+        means = {"entropy": stats.entropy, "rollout_logprob_error": apart}
+        if self.entropy.method.uses_top_p:
+            means["entropy_top_p"] = stats.top_p_entropy
+        return {name: values.detach().sum() / num_tokens for name, values in means.items()}
 
     # ---------------------------------------------------------------- plumbing
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from tests.checkpoints import make_random_checkpoint
-from tests.distributed.layouts import Layout, compare_layouts, reference
+from tests.distributed.layouts import RESPONSES, Layout, compare_layouts, reference
 
 UPDATES = 5
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 VPP, PACKED = "num_virtual_stages_per_pipeline_rank", "max_tokens_per_microbatch"
+AS_OLD = {"rollout_logprobs_as_old": True}
 FUSED = {"fused_linear": "on", "entropy_chunk_mb": 1}
 SP = {TP: 2, "sequence_parallel": True}
 LAYOUTS = {
@@ -22,6 +23,7 @@ LAYOUTS = {
         Layout("packed", {PACKED: 64}),
         Layout("full recomputation", {"recompute_granularity": "full"}),
         Layout("fused linear", FUSED),
+        Layout("H of the training's forward pass", {**AS_OLD, "micro_batch_size": RESPONSES}),
         Layout("selective recomputation", {"recompute_granularity": "selective"}),
     ],
     2: [
@@ -38,6 +40,7 @@ LAYOUTS = {
         Layout("CP=2", {CP: 2}),
         Layout("CP=2 packed", {CP: 2, PACKED: 64}),
         Layout("DP=2", {}),
+        Layout("DP=2, H of the training's pass", {**AS_OLD, "micro_batch_size": RESPONSES // 2}),
         Layout("DP=2 packed", {PACKED: 48}),
         Layout("DP=2 plain optimizer", {"use_distributed_optimizer": False}),
     ],
