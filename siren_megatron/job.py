@@ -30,6 +30,7 @@ from siren_megatron.evaluation.during_training import TrainingEvaluation
 from siren_megatron.metrics import MetricsLogger, StageTimer
 from siren_megatron.nonfinite import NonFiniteError
 from siren_megatron.platform import Platform, init_process_group
+from siren_megatron.profiling import StepProfiler
 from siren_megatron.rewards.pool import RewardPool, RewardPoolError
 from siren_megatron.rollout.client import RolloutError
 from siren_megatron.rollout.policy_check import check_logprobs
@@ -135,6 +136,7 @@ class Job:
                 self.logger.truncate_after(self.step)
             self.recorder.open(self.step, self.tokenizer, self.dataset.prompts)
         self.timer = StageTimer()
+        self.profiler = StepProfiler(config.run.save, config.run.profile or (), dist.get_rank(), self.timer)
         # The server has loaded --hf-checkpoint's weights.
         if self.step or config.model.pretrained_checkpoint is not None:
             self.update_weights()
@@ -181,6 +183,7 @@ class Job:
         if self.step >= self.config.train.num_steps or self.stopped_by:
             return False
         self.rollouts.lead()
+        self.profiler.begin(self.step + 1)
         return True
 
     def next_prompts(self, count: int | None = None) -> list[Prompt] | None:
@@ -374,6 +377,7 @@ class Job:
     def log(self, batch: TrainBatch, metrics: dict[str, float]) -> None:
         """Write one row of metrics."""
         with self._despite_a_full_disk():
+            self.profiler.end()
             self._log(batch, metrics)
 
     @contextlib.contextmanager
@@ -385,9 +389,9 @@ class Job:
             self._log_error = f"{error.filename or 'metrics'} could not be written: {error.strerror or error}"
 
     def _log(self, batch: TrainBatch, metrics: dict[str, float]) -> None:
+        times, tokens = self.timer.pop(), batch.num_tokens
         if not self.is_main:
             return
-        times, tokens = self.timer.pop(), batch.num_tokens
         self.logger.log(
             self.step,
             {

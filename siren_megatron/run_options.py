@@ -108,6 +108,13 @@ class RunOptions:
     record_prompts: int = option(
         4, "prompts of such a record, up to four responses each; 0 = no records", minimum=0
     )
+    profile: tuple[int, ...] | None = option(
+        None,
+        "steps to profile: <save>/profile gets a torch profiler trace of every rank, the report a timeline",
+        type=int,
+        minimum=1,
+        several=True,
+    )
     tensorboard_dir: Path | None = option(None, "write TensorBoard events here", type=Path)
     wandb_project: str | None = option(None, "log to this Weights & Biases project (WANDB_MODE holds)")
     check: bool = option(False, "check the options and end: nothing is loaded or written")

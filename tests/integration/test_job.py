@@ -40,7 +40,7 @@ def toy_run(tmp_path_factory):
     arguments = ["--num-steps", str(SCRIPT_STEPS), "--save", str(save), "--tensorboard-dir", str(save / "tb")]
     held_out = REPOSITORY / "runs" / "toy-countdown" / "prompts" / "eval.jsonl"
     arguments += ["--eval-data", str(held_out), "--eval-interval", "30", "--eval-at-start"]
-    arguments += ["--eval-num-samples", "4", "--eval-temperature", "1", "--eval-top-p", "1"]
+    arguments += ["--eval-num-samples", "4", "--eval-temperature", "1", "--eval-top-p", "1", "--profile", "3"]
     done = subprocess.run(["bash", str(script), *arguments], capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return save, done.stdout
@@ -68,6 +68,15 @@ def test_vllm_and_trainer_agree_after_every_update(toy_run):
     rows = read_metrics(toy_run[0] / "metrics.jsonl")
     assert max(row["rollout_logprob_diff"] for row in rows) < 1e-4
     assert max(row["weight_sync_logprob_diff"] for row in rows) < 1e-4
+
+
+def test_a_profiled_step_has_a_trace_of_each_rank_and_its_timeline(toy_run):
+    save, _ = toy_run
+    assert {path.name for path in (save / "profile").glob("*.gz")} == {
+        "step-3-rank-0.json.gz",
+        "step-3-rank-1.json.gz",
+    }
+    assert "Step 3, seconds by stage and rank" in (save / "report.html").read_text()
 
 
 def test_the_held_out_prompts_are_evaluated(toy_run):
