@@ -301,6 +301,7 @@ def _check_ranks(config: Config, world_size: int) -> None:
             f"--expert-model-parallel-size x --expert-tensor-parallel-size = {experts} does not divide the "
             f"{same_layers} rank(s) that hold the same layers"
         )
+    _check_step_entropy(config, data_ranks)
     if train.max_tokens_per_microbatch:
         return
     per_rank = train.micro_batch_size * data_ranks
@@ -314,6 +315,21 @@ def _check_ranks(config: Config, world_size: int) -> None:
         raise ValueError(
             "--num-virtual-stages-per-pipeline-rank wants a multiple of --pipeline-model-parallel-size "
             f"{stages} micro-batches, got {train.global_batch_size // per_rank}"
+        )
+
+
+def _check_step_entropy(config: Config, data_ranks: int) -> None:
+    """Without the log-prob pass, H of the optimizer step is known where one forward pass sees all of it."""
+    entropy, train = config.entropy, config.train
+    anchored = entropy.entropy_method == "siren" and entropy.siren_anchor
+    if not (config.correction.rollout_logprobs_as_old and anchored):
+        return
+    one_pass = train.micro_batch_size * data_ranks == train.global_batch_size
+    if entropy.siren_anchor_estimate == "step" and (train.max_tokens_per_microbatch or not one_pass):
+        raise ValueError(
+            "--rollout-logprobs-as-old with --siren-anchor-estimate step needs --micro-batch-size x "
+            f"{data_ranks} data-parallel rank(s) = --global-batch-size {train.global_batch_size}, or "
+            "--siren-anchor-estimate microbatch"
         )
 
 

@@ -54,9 +54,11 @@ class EntropyControl:
         options: `--entropy-...`, `--siren-...`.
         num_steps: rollout steps of the run.
         seed: of the methods that choose at random.
+        without_pass: there is no log-prob pass over most rollouts (`--rollout-logprobs-as-old`).
     """
 
-    def __init__(self, options: EntropyOptions, *, num_steps: int, seed: int):
+    def __init__(self, options: EntropyOptions, *, num_steps: int, seed: int, without_pass: bool = False):
+        self.without_pass = without_pass
         self.options, self.num_steps, self.seed = options, num_steps, seed
         self.name = options.entropy_method
         self.method = ENTROPY_METHODS[self.name]
@@ -154,6 +156,9 @@ class EntropyControl:
             (batch with the method's advantages, weights and marks; the step's numbers; metrics of the step).
         """
         coeff, options = self.coeff(step), self.options
+        if self.without_pass:
+            metrics = {} if self.method.coeff is None else {"entropy_coeff": coeff}
+            return batch, EntropyStep(coeff, self.target(anchor), None), metrics
         with torch.no_grad():
             _, clipped = grpo.token_losses(
                 now.old_logprobs, batch.old_logprobs, batch.token_advantages, batch.loss_mask, policy_options
@@ -173,6 +178,22 @@ class EntropyControl:
         if self.method.coeff is not None:
             metrics["entropy_coeff"] = coeff
         return batch.replace(**changes), EntropyStep(coeff, self.target(anchor), step_entropy), metrics
+
+    def training_entropy(self, batch: TrainBatch, stats: TokenStats) -> torch.Tensor | None:
+        """Sum of h_i over a micro-batch, where H of the step has to come from the training's forward pass.
+
+        That pass then sees all responses of the optimizer step at once, one micro-batch on each rank.
+        """
+        if not self.without_pass or self.method.penalty is None:
+            return None
+        if self.options.siren_anchor_estimate != "step" or not (
+            self.name == "siren" and self.options.siren_anchor
+        ):
+            return None  # the penalty's slope does not depend on H
+        entropies = self.method.regularised(
+            stats.entropy, stats.top_p_entropy, batch.loss_mask, batch.entropy_weights, self.options
+        )
+        return entropies.detach().double().sum()
 
     def end(
         self, entropy_step: EntropyStep, metrics: dict[str, float], *, applied: bool = True

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 
 import torch
@@ -30,6 +31,7 @@ from siren_megatron.implementations import find_implementations
 from siren_megatron.metrics import MetricsLogger, StageTimer
 from siren_megatron.nonfinite import NonFiniteError
 from siren_megatron.platform import Platform, init_process_group
+from siren_megatron.profiling import StepProfiler
 from siren_megatron.rewards.pool import RewardPool, RewardPoolError
 from siren_megatron.rollout.client import RolloutError
 from siren_megatron.rollout.hosts import Hosts
@@ -134,6 +136,7 @@ class Job:
                 self.logger.truncate_after(self.step)
             self.recorder.open(self.step, self.tokenizer, self.dataset.prompts)
         self.timer = StageTimer()
+        self.profiler = StepProfiler(config.run.save, config.run.profile or (), dist.get_rank(), self.timer)
         # The server has loaded --hf-checkpoint's weights.
         if self.step or config.model.pretrained_checkpoint is not None:
             self.update_weights()
@@ -192,6 +195,7 @@ class Job:
         if self.step >= self.config.train.num_steps or self.stopped_by:
             return False
         self.rollouts.lead()
+        self.profiler.begin(self.step + 1)
         return True
 
     def rollout(self) -> Rollout | None:
@@ -207,9 +211,11 @@ class Job:
                 rollout = self.schedule.next(self.step + 1)
             self.timer.add("rollout_ahead", sum(rollout.seconds.values()))
         else:
+            start = time.time()
             rollout = self.schedule.next(self.step + 1)
             for stage, seconds in rollout.seconds.items():
-                self.timer.add(stage, seconds)
+                self.timer.add(stage, seconds, start)
+                start += seconds
         if rollout.rewards.first_error:
             self.logger.print(
                 f"step {rollout.step}: {rollout.rewards.num_errors} reward(s) failed and count as 0; the "
@@ -237,19 +243,26 @@ class Job:
     def compute_logprobs(self, batch: TrainBatch) -> TrainBatch:
         """Log-probs and entropies of the policy (and the reference's); the first call sets the anchor.
 
+        With --rollout-logprobs-as-old vLLM's log-probs are the old ones, and the policy's own are computed
+        only where the anchor or a record needs them.
+
         Raises:
             RolloutError: vLLM sampled from another policy than the trainer holds. (One that is known to be
                 older was compared when vLLM got it.)
         """
+        as_old = self.config.correction.rollout_logprobs_as_old
+        no_anchor = self.entropy_anchor is None or not math.isfinite(self.entropy_anchor)
+        measured = not as_old or no_anchor or self.recorder.is_due(self.step + 1)
         with self.timer.stage("logprob"):
-            batch = self.trainer.compute_logprobs(batch)
+            if measured:
+                batch = self.trainer.compute_logprobs(batch)
             if self.trainer.reference is not None:
                 batch = self.trainer.compute_ref_logprobs(batch)
-        if not self._is_stale:
+        if measured and not self._is_stale:
             self.policy_check.compare(batch, self.step, "rollout")
-        if self.entropy_anchor is None or not math.isfinite(self.entropy_anchor):
+        if no_anchor:
             self.entropy_anchor = self.trainer.entropy.measure(batch)
-        return batch
+        return batch.replace(old_logprobs=batch.rollout_logprobs) if as_old else batch
 
     def compute_advantages(self, batch: TrainBatch) -> TrainBatch:
         """Advantages from rewards, and from the log-probs where a KL is taken from the reward."""
@@ -311,6 +324,7 @@ class Job:
     def log(self, batch: TrainBatch, metrics: dict[str, float]) -> None:
         """Write one row of metrics."""
         with self._despite_a_full_disk():
+            self.profiler.end()
             self._log(batch, metrics)
 
     @contextlib.contextmanager
@@ -322,24 +336,18 @@ class Job:
             self._log_error = f"{error.filename or 'metrics'} could not be written: {error.strerror or error}"
 
     def _log(self, batch: TrainBatch, metrics: dict[str, float]) -> None:
+        times, tokens = self.timer.pop(), batch.num_tokens
         if not self.is_main:
             return
-        mask, times = batch.loss_mask, self.timer.pop()
-        tokens = batch.num_tokens
         self.logger.log(
             self.step,
             {
                 "reward": float(batch.rewards.mean()),
-                "entropy": float(batch.entropy[mask].mean()),
-                "entropy_top_p": float(batch.top_p_entropy[mask].mean()),
-                "siren/entropy_masked": self.trainer.masked_entropy(batch),
+                **(self._entropies(batch) if not self.trainer.entropy.without_pass else {}),
                 self._anchor_name: self.trainer.entropy.target(self.entropy_anchor),
                 **self.evaluation.metrics_of(self.step),
                 **metrics,
                 "response_length": tokens / batch.num_responses,
-                "rollout_logprob_diff": float(
-                    (batch.old_logprobs - batch.rollout_logprobs).abs()[mask].max()
-                ),
                 "weight_sync_logprob_diff": self.weight_sync_diff,
                 **self.rollout_metrics,
                 **self.rollouts.pop_counts(),
@@ -348,6 +356,16 @@ class Job:
                 **times,
             },
         )
+
+    def _entropies(self, batch: TrainBatch) -> dict[str, float]:
+        """Of the log-prob pass; without it the update tells them of its own forward pass."""
+        mask = batch.loss_mask
+        return {
+            "entropy": float(batch.entropy[mask].mean()),
+            "entropy_top_p": float(batch.top_p_entropy[mask].mean()),
+            "siren/entropy_masked": self.trainer.masked_entropy(batch),
+            "rollout_logprob_diff": float((batch.old_logprobs - batch.rollout_logprobs).abs()[mask].max()),
+        }
 
     @functools.cached_property
     def saver(self) -> CheckpointSaver:

@@ -168,6 +168,11 @@ class CorrectionOptions:
     )
     rollout_correction_max: float = option(2.0, "largest ratio", minimum=1)
     rollout_correction_min: float = option(0.5, "smallest ratio (mask only)", minimum=0, maximum=1)
+    rollout_logprobs_as_old: bool = option(
+        False,
+        "take the log-probs that vLLM sampled with for the old ones, and leave out the trainer's own pass "
+        "over the rollout, but for the anchor and for records",
+    )
 
 
 # What only means something with certain values of another option: (option, other option, its values).
@@ -187,6 +192,8 @@ _NEEDS = (
     ("rollout_correction_max", "rollout_correction", ROLLOUT_CORRECTIONS[1:]),
     ("rollout_correction_min", "rollout_correction", ("token-mask", "sequence-mask")),
 )
+_BY_TRAINING_ENTROPIES = ("none", "naive", "adaptive", "siren", "entropy-constraint")
+"""Methods that need no entropies before the training's own forward pass, but for their anchor."""
 _WITHOUT_COEFF = ("none", "high-entropy-tokens", "clip-cov")
 
 
@@ -219,6 +226,23 @@ def check_methods(
             )
     _check_grpo(grpo, group_size, max_response)
     _check_entropy(entropy)
+    if correction.rollout_logprobs_as_old:
+        _check_without_pass(entropy, correction)
+
+
+def _check_without_pass(entropy: EntropyOptions, correction: CorrectionOptions) -> None:
+    if entropy.entropy_method not in _BY_TRAINING_ENTROPIES:
+        raise ValueError(
+            f"--entropy-method {entropy.entropy_method} chooses tokens by the log-prob pass, which "
+            "--rollout-logprobs-as-old leaves out"
+        )
+    if correction.rollout_correction != "none":
+        raise ValueError(
+            f"--rollout-correction {correction.rollout_correction} has no meaning with "
+            "--rollout-logprobs-as-old: the trainer's old log-probs are not computed"
+        )
+    if entropy.entropy_refresh:
+        raise ValueError("--entropy-refresh has no meaning with --rollout-logprobs-as-old")
 
 
 def _shown(name: str, value: Any) -> str:

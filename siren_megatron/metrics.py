@@ -20,7 +20,14 @@ from typing import Any
 
 from rich.console import Console
 
-from siren_megatron.report import RECORD_NAME, RUN_NAME, read_records, write_report, write_text
+from siren_megatron.report import (
+    RECORD_NAME,
+    RUN_NAME,
+    read_records,
+    read_timelines,
+    write_report,
+    write_text,
+)
 from siren_megatron.terminal import StepDisplay, print_summary
 from siren_megatron.versions import versions
 
@@ -67,11 +74,15 @@ class StageTimer:
     Args:
         synchronize: called before every reading of the clock (on CUDA `torch.cuda.synchronize`: kernels run
             behind the host, so without it a stage is charged for its predecessor's work).
+
+    Attributes:
+        intervals: (stage, start, end) of every stage since `pop`, in Unix seconds.
     """
 
     def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
         self._synchronize = synchronize
         self._seconds: dict[str, float] = {}
+        self.intervals: list[tuple[str, float, float]] = []
         self._step_start = self._now()
 
     def _now(self) -> float:
@@ -82,15 +93,21 @@ class StageTimer:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the seconds spent inside to `time/<name>`; a stage entered twice in a step is summed."""
-        start = self._now()
+        start, wall = self._now(), time.time()
         try:
             yield
         finally:
-            self.add(name, self._now() - start)
+            self.add(name, self._now() - start, wall)
 
-    def add(self, name: str, seconds: float) -> None:
-        """Add seconds that were measured elsewhere to `time/<name>`."""
+    def add(self, name: str, seconds: float, start: float | None = None) -> None:
+        """Add what was measured elsewhere to `time/<name>`.
+
+        Args:
+            start: in Unix seconds; None keeps it out of `intervals`.
+        """
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        if start is not None:
+            self.intervals.append((name, start, start + seconds))
 
     def pop(self) -> dict[str, float]:
         """`time/<stage>` of every stage and `time/step` since the last pop, in seconds; starts a new step."""
@@ -98,6 +115,7 @@ class StageTimer:
         times = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         times["time/step"] = now - self._step_start
         self._seconds, self._step_start = {}, now
+        self.intervals.clear()
         return times
 
 
@@ -233,6 +251,7 @@ class MetricsLogger:
             paths=self.paths,
             num_steps=self.num_steps,
             records=read_records(self.save_dir / RECORD_NAME),
+            timelines=read_timelines(self.save_dir),
             found_versions=self._versions,
         )
 

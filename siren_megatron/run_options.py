@@ -72,6 +72,13 @@ class TrainOptions:
         "0 = padded micro-batches of --micro-batch-size",
         minimum=0,
     )
+    fused_linear: str = option(
+        "auto",
+        "compute logits a chunk at a time, and once more in the backward pass, so that they are never whole; "
+        "auto = where a micro-batch's would take over a quarter of the bytes that the rank holds in weights, "
+        "gradients and optimizer",
+        choices=("auto", "on", "off"),
+    )
     global_batch_size: int = option(64, "responses of one optimizer step, over all ranks", minimum=1)
     seq_length: int = option(4096, "most tokens of prompt + response", minimum=2)
     lr: float = option(1e-6, "peak learning rate of AdamW", above=0)
@@ -108,6 +115,13 @@ class RunOptions:
     )
     record_prompts: int = option(
         4, "prompts of such a record, up to four responses each; 0 = no records", minimum=0
+    )
+    profile: tuple[int, ...] | None = option(
+        None,
+        "steps to profile: <save>/profile gets a torch profiler trace of every rank, the report a timeline",
+        type=int,
+        minimum=1,
+        several=True,
     )
     tensorboard_dir: Path | None = option(None, "write TensorBoard events here", type=Path)
     wandb_project: str | None = option(None, "log to this Weights & Biases project (WANDB_MODE holds)")

@@ -6,6 +6,7 @@ length, T = tokens of a packed micro-batch, V = vocabulary, tp and cp = tensor- 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Iterator
 from functools import partial
@@ -26,6 +27,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from siren_megatron import grpo, siren
+from siren_megatron.architecture import Architecture
 from siren_megatron.attention import sum_over_context
 from siren_megatron.batch import TrainBatch
 from siren_megatron.config import Config
@@ -45,9 +47,11 @@ from siren_megatron.microbatch import (
 )
 from siren_megatron.model import build_model, check_architecture, transformer_config
 from siren_megatron.nonfinite import SkippedUpdates, any_non_finite
+from siren_megatron.output_head import defer_output_head
+from siren_megatron.planning.memory_model import fuses_linear, state_bytes
 from siren_megatron.platform import Platform
 from siren_megatron.reference import ReferenceWeights
-from siren_megatron.vocab_parallel import TokenStats, TopPCounters, vocab_parallel_token_stats
+from siren_megatron.vocab_parallel import TokenStats, TopPCounters, linear_token_stats
 from siren_megatron.vocab_parallel.top_tokens import vocab_parallel_top_tokens
 from siren_megatron.vocab_parallel.top_two import vocab_parallel_top_two_gap
 
@@ -99,6 +103,7 @@ class Trainer:
             transformer_impl=config.model.transformer_impl,
         )
         self.chunks = build_model(hf_config, model_config)
+        self.head_weight = defer_output_head(self.chunks)
         if config.model.pretrained_checkpoint is not None:
             live.load_megatron_weights(self.chunks, config.model.pretrained_checkpoint)
         else:
@@ -123,11 +128,23 @@ class Trainer:
             wd_incr_style="constant",
         )
         self.entropy = EntropyControl(
-            config.entropy, num_steps=config.train.num_steps, seed=config.train.seed
+            config.entropy,
+            num_steps=config.train.num_steps,
+            seed=config.train.seed,
+            without_pass=config.correction.rollout_logprobs_as_old,
         )
         self.counters = TopPCounters()
         self.skips = SkippedUpdates(config.run.save / "bad_batches", config.train.max_consecutive_skips)
         self.policy_options = _policy_loss_options(config)
+        self.state_bytes = sum(
+            state_bytes(
+                Architecture.of(hf_config),
+                config.parallel,
+                stage=self.pp_group.rank(),
+                world_size=dist.get_world_size(),
+                bf16=config.model.bf16,
+            )
+        )
         # Before a checkpoint of the run is loaded: the reference is the policy that --hf-checkpoint holds.
         self.reference = (
             ReferenceWeights(p for chunk in self.chunks for p in chunk.parameters())
@@ -159,7 +176,7 @@ class Trainer:
     def forward_step(self, data_iterator: Iterator[MicroBatch], model: torch.nn.Module, loss_func: Any):
         """Megatron's contract: one micro-batch -> (output tensor, function of it on the last stage)."""
         micro = next(data_iterator)
-        # Logits stay in the model's precision: the vocabulary operation sums in higher precision itself.
+        # Hidden states stay in the model's precision: the vocabulary operation sums in higher precision.
         precision = {"fp32_output": False} if self.config.model.bf16 else {}
         output = model(
             input_ids=micro.tokens,
@@ -170,44 +187,60 @@ class Trainer:
         )
         return output, partial(loss_func, micro)
 
-    def token_stats(self, micro: MicroBatch, logits: Tensor, *, top_p: float) -> TokenStats:
+    def token_stats(self, micro: MicroBatch, hidden: Tensor, *, top_p: float) -> TokenStats:
         """Log-prob, entropy and top-p entropy of the response tokens, under the sampling temperature.
 
         Args:
-            logits: [B, S/cp, V/tp], or [1, T/cp, V/tp] of a packed micro-batch.
+            hidden: [B, S/cp, h], or [1, T/cp, h] of a packed micro-batch, the head's input.
             top_p: mass of the top-p mask.
 
         Returns:
             TokenStats of [B, S], 0 outside the responses.
         """
-        selected = self._response_logits(micro, logits)
-        stats = vocab_parallel_token_stats(
+        selected = self._response_hidden(micro, hidden)
+        stats = linear_token_stats(
             selected,
+            self.head_weight,
             micro.batch.labels.flatten()[micro.targets],
             top_p=top_p,
             top_p_boundary=self.config.entropy.entropy_top_p_boundary,
             vocab_size=self.vocab_size,
-            tp_group=self.tp_group if self.tp_group.size() > 1 else None,
+            tp_group=self._vocab_group,
+            temperature=self.config.rollout.rollout_temperature,
             chunk_mb=self.config.entropy.entropy_chunk_mb,
-            # `selected` is a copy that nothing else reads: its gradient may take its place.
-            inplace_backward=selected.requires_grad,
+            path="fused" if self._fuses_linear(selected) else "logits",
+            # Under sequence parallelism the gather before the head sums the gradients.
+            reduce_hidden_grad=not self.config.parallel.sequence_parallel,
             counters=self.counters,
         )
         return TokenStats(*self._to_rows(micro, torch.stack(list(stats))))
 
-    def top_two_gap(self, micro: MicroBatch, logits: Tensor) -> Tensor:
+    def _fuses_linear(self, hidden: Tensor) -> bool:
+        """Whether the logits of `hidden` [n, h] are computed by chunks, and again in the backward pass."""
+        if not hidden.requires_grad:
+            return True  # without a backward pass nothing is computed twice
+        logits = hidden.size(0) * self.head_weight.size(0) * hidden.element_size()
+        return fuses_linear(self.config.train.fused_linear, logits, self.state_bytes)
+
+    def top_two_gap(self, micro: MicroBatch, hidden: Tensor) -> Tensor:
         """Log-prob gap [B, S] of the two likeliest tokens, in nats, 0 outside the responses."""
-        group = self.tp_group if self.tp_group.size() > 1 else None
-        selected = self._response_logits(micro, logits)
-        gap = vocab_parallel_top_two_gap(selected, vocab_size=self.vocab_size, tp_group=group)
+        logits = self._response_logits(micro, hidden)
+        gap = vocab_parallel_top_two_gap(logits, vocab_size=self.vocab_size, tp_group=self._vocab_group)
         return self._to_rows(micro, gap.unsqueeze(0))[0]
 
-    def _response_logits(self, micro: MicroBatch, logits: Tensor) -> Tensor:
-        """Logits [n, V/tp] of this context rank's response tokens, over the temperature."""
-        selected = logits.flatten(0, 1)[micro.sources]
-        if self.config.rollout.rollout_temperature != 1.0:
-            selected = selected / self.config.rollout.rollout_temperature
-        return selected
+    @property
+    def _vocab_group(self) -> dist.ProcessGroup | None:
+        return self.tp_group if self.tp_group.size() > 1 else None
+
+    def _response_hidden(self, micro: MicroBatch, hidden: Tensor) -> Tensor:
+        """The head's inputs [n, h] for this context rank's response tokens."""
+        return hidden.flatten(0, 1).index_select(0, micro.sources)
+
+    def _response_logits(self, micro: MicroBatch, hidden: Tensor) -> Tensor:
+        """Their logits [n, V/tp] over the temperature; for passes without gradients."""
+        logits = self._response_hidden(micro, hidden) @ self.head_weight.t()
+        temperature = self.config.rollout.rollout_temperature
+        return logits if temperature == 1.0 else logits / temperature
 
     def _to_rows(self, micro: MicroBatch, values: Tensor) -> Tensor:
         """Values [k, n] of this context rank's response tokens -> [k, B, S] of all, 0 elsewhere."""
@@ -224,9 +257,9 @@ class Trainer:
             batch: all responses of the rollout, the same on every rank.
         """
 
-        def collect(micro: MicroBatch, logits: Tensor, non_loss_data: bool = True) -> list[Tensor]:
-            stats = [*self.token_stats(micro, logits, top_p=self.config.entropy.entropy_top_p)]
-            return [*stats, self.top_two_gap(micro, logits)] if self.entropy.method.uses_gap else stats
+        def collect(micro: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> list[Tensor]:
+            stats = [*self.token_stats(micro, hidden, top_p=self.config.entropy.entropy_top_p)]
+            return [*stats, self.top_two_gap(micro, hidden)] if self.entropy.method.uses_gap else stats
 
         names = ["old_logprobs", "entropy", "top_p_entropy"] + ["top_two_gap"] * self.entropy.method.uses_gap
         return batch.replace(**dict(zip(names, self._collect(batch, collect, len(names)), strict=True)))
@@ -235,8 +268,8 @@ class Trainer:
     def compute_ref_logprobs(self, batch: TrainBatch) -> TrainBatch:
         """Fill in ref_logprobs, by the same pass with the reference's weights in the policy's place."""
 
-        def collect(micro: MicroBatch, logits: Tensor, non_loss_data: bool = True) -> list[Tensor]:
-            return [self.token_stats(micro, logits, top_p=1.0).logprobs]
+        def collect(micro: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> list[Tensor]:
+            return [self.token_stats(micro, hidden, top_p=1.0).logprobs]
 
         with self.reference.swapped_in():
             return batch.replace(ref_logprobs=self._collect(batch, collect, 1)[0])
@@ -252,13 +285,14 @@ class Trainer:
         Returns:
             (ids int64, log-probs fp32 in nats), both [N, S, count], the likeliest first; 0 outside loss_mask.
         """
-        group = self.tp_group if self.tp_group.size() > 1 else None
         rows = batch.num_responses
         filled = batch.select([*range(rows), *[0] * (-rows % self.smallest_batch)])
 
-        def collect(micro: MicroBatch, logits: Tensor, non_loss_data: bool = True) -> list[Tensor]:
-            selected = self._response_logits(micro, logits)
-            top = vocab_parallel_top_tokens(selected, count, vocab_size=self.vocab_size, tp_group=group)
+        def collect(micro: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> list[Tensor]:
+            logits = self._response_logits(micro, hidden)
+            top = vocab_parallel_top_tokens(
+                logits, count, vocab_size=self.vocab_size, tp_group=self._vocab_group
+            )
             return [*self._to_rows(micro, torch.cat([part.T.float() for part in top]))]  # ids < 2^24: exact
 
         values = self._collect(filled, collect, 2 * count)[:, :rows].permute(1, 2, 0)
@@ -381,12 +415,12 @@ class Trainer:
         return {**metrics, **self.entropy.end(entropy_step, metrics)}
 
     def loss_func(
-        self, scale: LossScale, entropy_step: EntropyStep, micro: MicroBatch, logits: Tensor
+        self, scale: LossScale, entropy_step: EntropyStep, micro: MicroBatch, hidden: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Megatron's contract on the last stage: logits of a micro-batch -> (loss, 0, metrics)."""
+        """Megatron's contract on the last stage: hidden states of a micro-batch -> (loss, 0, metrics)."""
         config, control, batch = self.config, self.entropy, micro.batch
         top_p = config.entropy.entropy_top_p if control.method.uses_top_p else 1.0
-        stats = self.token_stats(micro, logits, top_p=top_p)
+        stats = self.token_stats(micro, hidden, top_p=top_p)
         loss, metrics = grpo.policy_loss(
             stats.logprobs,
             batch.old_logprobs,
@@ -397,6 +431,10 @@ class Trainer:
             weights=batch.token_weights,
             ref_logprobs=batch.ref_logprobs,
         )
+        sums = control.training_entropy(batch, stats)
+        if sums is not None:
+            dist.all_reduce(sums, group=self.dp_group)
+            entropy_step = dataclasses.replace(entropy_step, step_entropy=float(sums) / scale.num_responses)
         entropy_term, entropy_metrics = entropy_loss(
             control.name, control.loss_inputs(entropy_step, batch, stats, scale, config.grpo.loss_agg)
         )
@@ -410,7 +448,17 @@ class Trainer:
         # - "tokens" is 0, so that finalize_model_grads does not divide by a token count either;
         # - tensor ranks hold the same loss; its gradient is made whole by the layers' own collectives.
         shares = {_LOSS: loss.detach(), **metrics, **entropy_metrics}
+        if control.without_pass:
+            shares |= self._measured(stats, batch, scale.num_tokens)
         return loss, torch.zeros((), dtype=torch.int, device=loss.device), shares
+
+    def _measured(self, stats: TokenStats, batch: TrainBatch, num_tokens: int) -> dict[str, Tensor]:
+        """What the log-prob pass would have told, from the training's forward pass: shares of means."""
+        apart = (stats.logprobs - batch.rollout_logprobs).abs() * batch.loss_mask
+        means = {"entropy": stats.entropy, "rollout_logprob_error": apart}
+        if self.entropy.method.uses_top_p:
+            means["entropy_top_p"] = stats.top_p_entropy
+        return {name: values.detach().sum() / num_tokens for name, values in means.items()}
 
     # ---------------------------------------------------------------- plumbing
 

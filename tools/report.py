@@ -22,6 +22,7 @@ from siren_megatron.report import (  # noqa: E402
     RECORD_NAME,
     read_records,
     read_run,
+    read_timelines,
     render_report,
     write_text,
 )
@@ -39,6 +40,7 @@ def one_report(directory: Path) -> str:
         paths={"run": str(directory.absolute()), "metrics": str(directory.absolute() / "metrics.jsonl")},
         num_steps=run.get("num_steps", rows[-1]["step"] if rows else 0),
         records=read_records(directory / RECORD_NAME),
+        timelines=read_timelines(directory),
         found_versions=run.get("versions", {}),
     )
 

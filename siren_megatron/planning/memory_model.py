@@ -21,6 +21,10 @@ MASTER_BYTES = 4
 """The float32 copy of a bfloat16 parameter; float32 parameters are their own."""
 GRADIENT_BYTES = 4
 """Gradients are summed in float32."""
+FUSED_LINEAR_SHARE = 0.25
+"""Logits over this share of a rank's states are not kept (`--fused-linear auto`)."""
+CHUNK_MB = 64
+"""`--entropy-chunk-mb`'s default."""
 
 
 @dataclass(frozen=True)
@@ -183,15 +187,43 @@ def activation_bytes(
     return tokens_here * each * layers * under_way
 
 
-def logit_bytes(architecture: Architecture, parallel: ParallelOptions, *, tokens: int, bf16: bool) -> float:
-    """Bytes at the vocabulary's peak on a last-stage rank: the logits, those of the responses, the gradient.
+def fuses_linear(option: str, logits: float, states: float) -> bool:
+    """Whether a micro-batch's logits are computed twice, a chunk at a time, in place of being kept.
 
-    `token_stats` copies the rows of response tokens and puts their gradient in their place; all tokens are
-    taken for response tokens here.
+    A third product with the head is paid where the logits would raise the rank's memory notably, and nowhere
+    else.
+
+    Args:
+        option: `--fused-linear`.
+        logits: bytes of the logits of a micro-batch's response tokens on this rank.
+        states: bytes of this rank's parameters, gradients and optimizer states.
+    """
+    return option == "on" or (option == "auto" and logits > FUSED_LINEAR_SHARE * states)
+
+
+def logit_bytes(
+    architecture: Architecture,
+    parallel: ParallelOptions,
+    *,
+    tokens: int,
+    bf16: bool,
+    states: float,
+    fused_linear: str = "auto",
+    chunk_mb: float = CHUNK_MB,
+) -> float:
+    """Bytes at the vocabulary's peak on a last-stage rank: the logits and a chunk, or a chunk alone.
+
+    The logits are those of the response tokens; all tokens are taken for response tokens here.
+
+    Args:
+        fused_linear, states: as in `fuses_linear`.
+        chunk_mb: `--entropy-chunk-mb`.
     """
     columns = architecture.padded_vocab(parallel.tensor_model_parallel_size)
     columns //= parallel.tensor_model_parallel_size
-    return 3.0 * (2 if bf16 else 4) * tokens / parallel.context_parallel_size * columns
+    whole = (2 if bf16 else 4) * tokens / parallel.context_parallel_size * columns
+    chunk = min(whole, chunk_mb * 2**20)
+    return chunk if fuses_linear(fused_linear, whole, states) else whole + chunk
 
 
 def kv_cache_bytes_per_token(architecture: Architecture, *, bf16: bool) -> int:

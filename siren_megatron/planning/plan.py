@@ -325,7 +325,15 @@ def _memory(
                 bf16=bf16,
                 packed=bool(train.max_tokens_per_microbatch),
             ),
-            logits=logit_bytes(architecture, parallel, tokens=tokens, bf16=bf16)
+            logits=logit_bytes(
+                architecture,
+                parallel,
+                tokens=tokens,
+                bf16=bf16,
+                states=sum(states),
+                fused_linear=train.fused_linear,
+                chunk_mb=config.entropy.entropy_chunk_mb,
+            )
             if stage == stages - 1
             else 0,
             reserve=RESERVE_GIB * GIB,

@@ -94,8 +94,8 @@ def _row(
     )
     micro_batches = max(1, int(batch / data_ranks * (PROMPT + RESPONSE) / TOKENS))
     for stage in {0, pp - 1}:
-        needed = sum(state_bytes(architecture, parallel, stage=stage, world_size=used, bf16=True))
-        needed += activation_bytes(
+        states = sum(state_bytes(architecture, parallel, stage=stage, world_size=used, bf16=True))
+        needed = states + activation_bytes(
             architecture,
             parallel,
             stage=stage,
@@ -105,7 +105,7 @@ def _row(
             packed=True,
         )
         if stage == pp - 1:
-            needed += logit_bytes(architecture, parallel, tokens=TOKENS, bf16=True)
+            needed += logit_bytes(architecture, parallel, tokens=TOKENS, bf16=True, states=states)
         if needed > (gpu.memory_gib - RESERVE_GIB) * GIB:
             return None
     server = _server_gpus(architecture, gpu, gpus)

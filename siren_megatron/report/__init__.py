@@ -10,6 +10,7 @@ from typing import Any
 from siren_megatron.report.curves import build_sections
 from siren_megatron.report.records import RECORD_NAME, RUN_NAME, read_records, read_run
 from siren_megatron.report.run import render_report
+from siren_megatron.report.timeline import read_timelines
 
 __all__ = [
     "RECORD_NAME",
@@ -17,6 +18,7 @@ __all__ = [
     "build_sections",
     "read_records",
     "read_run",
+    "read_timelines",
     "render_report",
     "write_report",
     "write_text",

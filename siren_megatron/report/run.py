@@ -21,6 +21,7 @@ from siren_megatron.report.page import (
     sections_html,
     table,
 )
+from siren_megatron.report.timeline import timelines_html
 from siren_megatron.report.tokens import selection
 from siren_megatron.versions import versions
 
@@ -114,6 +115,7 @@ def render_report(
     paths: Mapping[str, str],
     num_steps: int,
     records: Sequence[Mapping[str, Any]] = (),
+    timelines: Sequence[Mapping[str, Any]] = (),
     found_versions: Mapping[str, str] | None = None,
 ) -> str:
     """The report as one HTML document.
@@ -125,6 +127,7 @@ def render_report(
         paths: label -> path of what the run has written; "run" names the run in the title.
         num_steps: steps that the run was asked for.
         records: responses token by token, as `read_records` returns them.
+        timelines: stages of profiled steps, as `read_timelines` returns them.
         found_versions: name -> version that the run had; None = those found now.
     """
     name = Path(paths["run"]).name if "run" in paths else "run"
@@ -138,6 +141,10 @@ def render_report(
     steps = [(f"{record['step']:,}", record) for record in records]
     chosen, data = selection(steps, max(len(steps) - 1, 0))
     targets = {"configuration": "Configuration", "curves": "Curves"}
+    profile = ""
+    if timelines:
+        targets["profile"] = "Profiled steps"
+        profile = f'<section id="profile"><h2>Profiled steps</h2>{timelines_html(timelines)}</section>'
     if chosen:
         targets |= {"by-position": "Entropy by position", "responses-title": "Responses"}
     body = f"""<header><h1>{escape(name)}</h1><span class="status {tone}">{escape(status)}</span>
@@ -146,6 +153,7 @@ def render_report(
 {_tiles(rows)}
 <section id="configuration"><h2>Configuration</h2>{configuration(config)}</section>
 <section id="curves"><h2>Curves</h2>{sections_html(drawn)}{smoothing_note(len(rows))}</section>
+{profile}
 {chosen}
 <div class="tables" id="made-with">
 <section><h2>Paths</h2>{pairs_table(paths)}</section>

@@ -47,6 +47,7 @@ def server_options(config: Config, hosts: Hosts, *, on_cpu: bool) -> list[Server
         kv_cache_bytes=rollout.rollout_kv_cache_mb * 2**20 if on_cpu else 0,
         host=host,
         device="cpu" if on_cpu else "cuda",
+        cpu_threads=rollout.rollout_cpu_threads,
         gpu_memory_utilization=rollout.rollout_gpu_memory_utilization,
         start_timeout_s=rollout.rollout_start_timeout,
         weight_transfer=weight_transfer(rollout, on_cpu=on_cpu),

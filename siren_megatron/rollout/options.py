@@ -30,6 +30,7 @@ class RolloutOptions:
         minimum=0,
     )
     rollout_kv_cache_mb: int = option(256, "vLLM's KV cache on a CPU, in MiB", minimum=16)
+    rollout_cpu_threads: int = option(1, "threads of a vLLM server on a CPU", minimum=1)
     rollout_gpu_memory_utilization: float = option(
         0.5, "share of a GPU's memory that vLLM takes", above=0, maximum=1
     )

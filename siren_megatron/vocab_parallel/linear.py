@@ -129,9 +129,11 @@ class _LinearTokenStats(torch.autograd.Function):
         if want_weight and main_grad is None:
             grad_weight = target.to(weight.dtype)
         elif want_weight and hasattr(ctx.weight, "grad_added_to_main_grad"):
-            # Megatron's contract: the flag says that main_grad is complete, and its hooks want some .grad.
+            # Megatron's contract: the flag says that main_grad has this one, and its hooks want some .grad.
             ctx.weight.grad_added_to_main_grad = True
-            grad_weight = torch.empty_like(weight)
+            # A tied embedding adds its own gradient to that .grad, which the hook then adds to main_grad.
+            counted = getattr(ctx.weight, "zero_out_wgrad", False)
+            grad_weight = torch.zeros_like(weight) if counted else torch.empty_like(weight)
         return grad_hidden, grad_weight, *[None] * 7
 
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from tests.checkpoints import make_random_checkpoint
-from tests.distributed.layouts import Layout, compare_layouts, reference
+from tests.distributed.layouts import RESPONSES, Layout, compare_layouts, reference
 
 UPDATES = 5
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 VPP, PACKED = "num_virtual_stages_per_pipeline_rank", "max_tokens_per_microbatch"
+AS_OLD = {"rollout_logprobs_as_old": True}
+FUSED = {"fused_linear": "on", "entropy_chunk_mb": 1}
 SP = {TP: 2, "sequence_parallel": True}
 LAYOUTS = {
     1: [
@@ -20,6 +22,8 @@ LAYOUTS = {
         Layout("plain optimizer", {"use_distributed_optimizer": False}),
         Layout("packed", {PACKED: 64}),
         Layout("full recomputation", {"recompute_granularity": "full"}),
+        Layout("fused linear", FUSED),
+        Layout("H of the training's forward pass", {**AS_OLD, "micro_batch_size": RESPONSES}),
         Layout("selective recomputation", {"recompute_granularity": "selective"}),
     ],
     2: [
@@ -31,9 +35,12 @@ LAYOUTS = {
         Layout("PP=2 packed", {PP: 2, PACKED: 64}),
         Layout("PP=2 VPP=2", {PP: 2, VPP: 2}),
         Layout("PP=2 VPP=2 packed", {PP: 2, VPP: 2, PACKED: 64}),
+        Layout("PP=2 packed, fused linear", {PP: 2, PACKED: 64, **FUSED}),
+        Layout("TP=2, fused linear", {TP: 2, **FUSED}),
         Layout("CP=2", {CP: 2}),
         Layout("CP=2 packed", {CP: 2, PACKED: 64}),
         Layout("DP=2", {}),
+        Layout("DP=2, H of the training's pass", {**AS_OLD, "micro_batch_size": RESPONSES // 2}),
         Layout("DP=2 packed", {PACKED: 48}),
         Layout("DP=2 plain optimizer", {"use_distributed_optimizer": False}),
     ],
@@ -42,7 +49,7 @@ LAYOUTS = {
         Layout("TP=2 SP DP=2", {**SP, "micro_batch_size": 2}),
         Layout("TP=4", {TP: 4}),
         Layout("CP=4", {CP: 4}),
-        Layout("TP=2 SP CP=2", {**SP, CP: 2}),
+        Layout("TP=2 SP CP=2, fused linear", {**SP, CP: 2, **FUSED}),
         Layout("TP=2 SP CP=2 packed, recomputed", {**SP, CP: 2, PACKED: 96, "recompute_granularity": "full"}),
         Layout("PP=2 VPP=2 CP=2", {PP: 2, VPP: 2, CP: 2}),
         Layout("PP=2 VPP=2 TP=2 SP", {PP: 2, VPP: 2, **SP}),
@@ -73,7 +80,9 @@ EXPERT_LAYOUTS = {
     ],
 }
 TIED_LAYOUTS = {
+    1: [Layout("one rank", {}), Layout("fused linear", FUSED)],
     2: [
+        Layout("TP=2 SP, fused linear", {**SP, **FUSED}),
         Layout("TP=2 SP packed", {**SP, PACKED: 64}),
         Layout("PP=2", {PP: 2}),
         Layout("PP=2 VPP=2 packed", {PP: 2, VPP: 2, PACKED: 64}),

@@ -40,7 +40,7 @@ def toy_run(tmp_path_factory):
     arguments = ["--num-steps", str(SCRIPT_STEPS), "--save", str(save), "--tensorboard-dir", str(save / "tb")]
     held_out = REPOSITORY / "runs" / "toy-countdown" / "prompts" / "eval.jsonl"
     arguments += ["--eval-data", str(held_out), "--eval-interval", "30", "--eval-at-start"]
-    arguments += ["--eval-num-samples", "4", "--eval-temperature", "1", "--eval-top-p", "1"]
+    arguments += ["--eval-num-samples", "4", "--eval-temperature", "1", "--eval-top-p", "1", "--profile", "3"]
     done = subprocess.run(["bash", str(script), *arguments], capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return save, done.stdout
@@ -71,6 +71,15 @@ def test_vllm_and_trainer_agree_after_every_update(toy_run):
     rows = read_metrics(toy_run[0] / "metrics.jsonl")
     assert max(row["rollout_logprob_diff"] for row in rows) < 1e-4
     assert max(row["weight_sync_logprob_diff"] for row in rows) < 1e-4
+
+
+def test_a_profiled_step_has_a_trace_of_each_rank_and_its_timeline(toy_run):
+    save, _ = toy_run
+    assert {path.name for path in (save / "profile").glob("*.gz")} == {
+        "step-3-rank-0.json.gz",
+        "step-3-rank-1.json.gz",
+    }
+    assert "Step 3, seconds by stage and rank" in (save / "report.html").read_text()
 
 
 def test_the_held_out_prompts_are_evaluated(toy_run):
@@ -124,11 +133,12 @@ def megatron_greedy(rank, world_size, save, checkpoint, prompts, max_tokens):
         for _ in range(max_tokens):
             tokens = torch.tensor([ids])
             with torch.no_grad():
-                logits = trainer.model[0](
+                hidden = trainer.model[0](
                     input_ids=tokens, position_ids=torch.arange(len(ids))[None], attention_mask=None
                 )
-            shards = [torch.empty_like(logits[0, -1]) for _ in range(world_size)]
-            torch.distributed.all_gather(shards, logits[0, -1].contiguous(), group=trainer.tp_group)
+                logits = hidden[0, -1] @ trainer.head_weight.t()
+            shards = [torch.empty_like(logits) for _ in range(world_size)]
+            torch.distributed.all_gather(shards, logits, group=trainer.tp_group)
             ids.append(int(torch.cat(shards)[: trainer.vocab_size].argmax()))
         responses.append(ids[len(prompt) :])
     return responses

@@ -66,7 +66,7 @@ def compare(checkpoint: Path, gpus: int, layout: Layout) -> None:
     passing = activation_bytes(
         architecture, config.parallel, stage=0, tokens=tokens, micro_batches=2, bf16=True, packed=True
     )
-    passing += logit_bytes(architecture, config.parallel, tokens=tokens, bf16=True)
+    passing += logit_bytes(architecture, config.parallel, tokens=tokens, bf16=True, states=sum(states))
     for peak, held in run_ranks(peak_bytes, gpus, checkpoint, layout, timeout=1800, backend="nccl"):
         print(f"held {held / 2**30:.2f} GiB, model {sum(states) / 2**30:.2f}")
         print(f"peak {peak / 2**30:.2f} GiB, model {(sum(states) + passing) / 2**30:.2f}")

@@ -60,6 +60,8 @@ WRONG = [
     (["--global-batch-size", "48"], "--global-batch-size 48 does not divide the 256 responses"),
     (["--micro-batch-size", "7"], "--micro-batch-size 7 does not divide --global-batch-size 64"),
     (["--micro-batch-size", "64"], "--micro-batch-size 64 x 4 data-parallel rank(s)"),
+    (["--rollout-logprobs-as-old"],
+     "--rollout-logprobs-as-old with --siren-anchor-estimate step needs --micro-batch-size x 4"),
     (["--sequence-parallel"], "--sequence-parallel needs --tensor-model-parallel-size"),
     (["--rollout-max-response-length", "128"],
      "--rollout-max-response-length 128 leaves no room for a prompt in --seq-length 128"),

@@ -19,6 +19,21 @@ WRONG = [
     ({"grpo_dual_clip": 0.5}, "--grpo-dual-clip must be greater than 1", ""),
     ({"grpo_normalize_std": True, "grpo_advantage_estimator": "dr-grpo"}, "--grpo-normalize-std", "dr-grpo"),
     ({"grpo_normalize_std": True, "grpo_advantage_estimator": "rloo"}, "--grpo-normalize-std", "rloo"),
+    (
+        {"entropy_method": "kl-cov", "rollout_logprobs_as_old": True},
+        "--entropy-method kl-cov",
+        "--rollout-logprobs-as-old",
+    ),
+    (
+        {"rollout_correction": "token-mask", "rollout_logprobs_as_old": True},
+        "--rollout-correction token-mask",
+        "--rollout-logprobs-as-old",
+    ),
+    (
+        {"entropy_refresh": True, "rollout_logprobs_as_old": True},
+        "--entropy-refresh",
+        "--rollout-logprobs-as-old",
+    ),
     ({"group_size": 1}, "--rollout-num-samples 1", "--grpo-advantage-estimator grpo"),
     ({"grpo_kl_estimator": "k1"}, "--grpo-kl-estimator k1", "--grpo-kl-coeff 0"),
     ({"grpo_kl_in": "reward"}, "--grpo-kl-in reward", "--grpo-kl-coeff 0"),
