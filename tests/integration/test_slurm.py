@@ -95,7 +95,8 @@ def start_again(cluster: Cluster, job: int, log: Path, restarts: int) -> None:
     """Wait until SLURM has requeued the job, and spare it the two minutes that SLURM then lets pass.
 
     Both nodes have to be through with the last attempt: a node that still ends it would refuse the next, and
-    SLURM would hold the job.
+    SLURM would hold the job. A node also refuses what SLURM signed in the very second in which it ended the
+    last one ("already killed, do not launch batch job"), and the job would fail: hence the seconds after now.
     """
 
     def requeued() -> bool:
@@ -103,7 +104,7 @@ def start_again(cluster: Cluster, job: int, log: Path, restarts: int) -> None:
         return state["Restarts"] == str(restarts) and state["JobState"] == "PENDING" and cluster.is_idle()
 
     wait_for(cluster, job, log, requeued, "requeueing", timeout=90)
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")
 
 
 def attempts(run: Path) -> list[list[str]]:

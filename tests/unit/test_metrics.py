@@ -16,6 +16,7 @@ from rich.console import Console
 
 from siren_megatron.charts import format_seconds, format_value
 from siren_megatron.metrics import MetricsLogger, StageTimer, read_metrics
+from tests.integration.jobs import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -202,6 +203,8 @@ def wandb_history(path):
             position += 32768 - position % 32768
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + length > len(data):
+            break  # not all written yet
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
@@ -231,8 +234,10 @@ def test_wandb_offline_holds_the_values_and_a_resumed_run_keeps_its_id(tmp_path)
             directory = Path(logger.paths["wandb"])
         assert directory.parent.parent == tmp_path
         ids.append((tmp_path / "wandb_id").read_text())
-        rows = wandb_history(next(directory.glob("*.wandb")))
-        found = [(row["step"], row["reward"], row["siren/loss"]) for row in rows]
+        history = next(directory.glob("*.wandb"))
+        # wandb's own process writes the file a moment after finish() has returned.
+        wait_until(lambda path=history: len(wandb_history(path)) == 2, 30, "wandb's file")
+        found = [(row["step"], row["reward"], row["siren/loss"]) for row in wandb_history(history)]
         assert found == (
             [(2, 0.25, 0.25), (3, 0.375, 0.25)] if resumed else [(1, 0.125, 0.25), (2, 0.25, 0.25)]
         )

@@ -1,6 +1,8 @@
-"""From the runs of the experiment to `results/`: CSV, tables with intervals, figures. Reads files only.
+"""From the records of an experiment's runs to its results: CSV, tables with intervals, figures.
 
-Legend: S = seeds, P = prompts, n = responses to a prompt.
+  python examples/experiments/countdown/analyse.py RESULTS [RESULTS ...]     # anew, from RESULTS/records
+
+Legend: S = seeds, P = prompts.
 """
 
 from __future__ import annotations
@@ -8,148 +10,165 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from bootstrap import Interval, bootstrap
-from matrix import BASELINE, QUANTILE_GRID, TOP_P_GRID
 
-from siren_megatron.charts import Chart, Series, figure
-from siren_megatron.evaluation.passk import ks_to_show, majority_at_k, pass_at_k
-from siren_megatron.evaluation.results import write_text
-from siren_megatron.metrics import read_metrics
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[2]), str(HERE)]
 
-MAJORITY_K = 32
-CURVES = {
-    "entropy": "Entropy (nats)",
-    "siren/entropy_masked": "Masked entropy (nats)",
-    "reward": "Mean reward",
-}
-MAIN = ("grpo", "naive-0.05", "clip-cov", "entropy-constraint", "siren-0.1")
-"""The methods of the figures; the tables have all."""
+from bootstrap import Interval, bootstrap  # noqa: E402
+from figures import curves, pass_at_k, sensitivity  # noqa: E402
+from matrix import BASELINE, GRID, METHODS, QUANTILE_GRID, TOP_P_GRID  # noqa: E402
+from record import MAJORITY_K, path_of, per_prompt  # noqa: E402
+
+from siren_megatron.evaluation.results import write_text  # noqa: E402
+
+LAST_STEPS = 10
+"""The steps whose mean entropy the tables have."""
 
 
-def per_prompt(graded: Path) -> dict[str, np.ndarray]:
-    """Metric -> one number a prompt [P], from an evaluation's graded responses.
-
-    avg is the share of right responses, maj the expected vote of MAJORITY_K of them (of all, where there are
-    fewer), pass@k Chen et al.'s estimator.
-    """
-    columns: dict[str, list[float]] = {}
-    for line in graded.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        correct, n = row["correct"], len(row["correct"])
-        sizes: dict[int, list[bool]] = {}
-        for group, right in zip(row["groups"], correct, strict=True):
-            sizes.setdefault(group, []).append(right)
-        clusters = [(len(verdicts), verdicts[0]) for verdicts in sizes.values()]
-        values = {"avg": sum(correct) / n, f"maj@{MAJORITY_K}": majority_at_k(clusters, min(n, MAJORITY_K))}
-        values |= {f"pass@{k}": pass_at_k(n, sum(correct), k) for k in ks_to_show(n)[1:]}
-        values["distinct correct"] = len(
-            {g for g, right in zip(row["groups"], correct, strict=True) if right}
-        )
-        for name, value in values.items():
-            columns.setdefault(name, []).append(value)
-    return {name: np.array(values) for name, values in columns.items()}
-
-
-def collect(output: Path, finished: Mapping[str, Sequence[int]]) -> dict[str, dict[str, np.ndarray]]:
-    """method -> metric -> [S, P], the methods and seeds in `finished`."""
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for method, seeds in finished.items():
-        runs = []
-        for seed in seeds:
-            directory = output / "runs" / method / f"seed{seed}" / "eval"
-            runs.append(per_prompt(next(directory.glob("*_graded.jsonl"))))
-        found[method] = {name: np.stack([run[name] for run in runs]) for name in runs[0]}
-    return found
-
-
-def analyse(output: Path, finished: Mapping[str, Sequence[int]]) -> list[Path]:
-    """Write `<output>/results/`.
+class Results:
+    """The finished runs of an experiment.
 
     Args:
-        output: of the experiment.
-        finished: method -> the seeds whose runs are done.
+        directory: with `records/`.
+        methods: names in the order of the tables; those without a record are left out.
 
-    Returns:
-        The files; none where nothing is finished.
+    Attributes:
+        seeds: method -> its seeds.
+        records: method -> its runs' records, in the order of the seeds.
+        values: method -> metric -> [S, P].
     """
-    finished = {method: sorted(seeds) for method, seeds in finished.items() if seeds}
-    if not finished:
+
+    def __init__(self, directory: Path, methods: Sequence[str]):
+        self.seeds: dict[str, list[int]] = {}
+        for method in methods:
+            paths = [
+                path for path in directory.glob("records/*.json") if path.stem.startswith(f"{method}-seed")
+            ]
+            seeds = sorted(int(path.stem.removeprefix(f"{method}-seed")) for path in paths)
+            if seeds:
+                self.seeds[method] = seeds
+        self.records: dict[str, list[dict[str, Any]]] = {
+            method: [json.loads(path_of(directory, method, seed).read_text()) for seed in seeds]
+            for method, seeds in self.seeds.items()
+        }
+        self.values: dict[str, dict[str, np.ndarray]] = {}
+        for method, records in self.records.items():
+            runs = [per_prompt(record) for record in records]
+            self.values[method] = {name: np.stack([run[name] for run in runs]) for name in runs[0]}
+
+    def difference(self, method: str, other: str, metric: str) -> np.ndarray | None:
+        """method - other [S, P] on the seeds that both have; None without any."""
+        common = [seed for seed in self.seeds[method] if seed in self.seeds.get(other, ())]
+        if not common:
+            return None
+        first, second = (
+            self.values[m][metric][[self.seeds[m].index(seed) for seed in common]] for m in (method, other)
+        )
+        return first - second
+
+    def last(self, method: str, curve: str) -> float:
+        """Mean of a curve over the last LAST_STEPS steps of all seeds."""
+        runs = [
+            [value for _, value in record["curves"][curve][-LAST_STEPS:]] for record in self.records[method]
+        ]
+        return float(np.mean(runs))
+
+
+def analyse(directory: Path, methods: Sequence[str] = (*METHODS, *GRID)) -> list[Path]:
+    """Write tables and figures into `directory` from its `records/`; nothing where there are none."""
+    results = Results(directory, methods)
+    if not results.seeds:
         return []
-    values = collect(output, finished)
-    results = output / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    written = [
-        write_text(results / "results.csv", _csv(values, finished)),
-        write_text(results / "results.md", _tables(values, finished, output)),
-        write_text(results / "curves.svg", _curves(output, finished)),
-        write_text(results / "pass_at_k.svg", figure([_pass_chart(values)], columns=1)),
+    return [
+        write_text(directory / "results.csv", _csv(results)),
+        write_text(directory / "results.md", _tables(results)),
+        write_text(directory / "curves.svg", curves(results.records)),
+        write_text(directory / "pass_at_k.svg", pass_at_k(results.values)),
+        *(
+            [write_text(directory / "sensitivity.svg", drawn)]
+            if (drawn := sensitivity(results.values))
+            else []
+        ),
     ]
-    if sensitivity := _sensitivity(values):
-        written.append(write_text(results / "sensitivity.md", "\n".join(sensitivity) + "\n"))
-    return written
 
 
-def _csv(values: Mapping[str, Mapping[str, np.ndarray]], finished: Mapping[str, Sequence[int]]) -> str:
+def _csv(results: Results) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["method", "seed", "metric", "value"])
-    for method, metrics in values.items():
+    for method, metrics in results.values.items():
         for name, array in metrics.items():
-            for seed, row in zip(finished[method], array, strict=True):
+            for seed, row in zip(results.seeds[method], array, strict=True):
                 writer.writerow([method, seed, name, f"{row.mean():.6g}"])
     return text.getvalue()
 
 
-def _last_entropies(output: Path, method: str, seeds: Sequence[int]) -> tuple[float, float]:
-    """Mean entropy and masked entropy of the runs' last 10 steps, in nats."""
-    rows = [read_metrics(_metrics(output, method, seed))[-10:] for seed in seeds]
-    flat = [row for run in rows for row in run]
-    return tuple(float(np.mean([row[name] for row in flat])) for name in ("entropy", "siren/entropy_masked"))
+def _metrics(results: Results) -> list[str]:
+    names = list(next(iter(results.values.values())))
+    passes = [name for name in names if name.startswith("pass@")]
+    shown = [passes[len(passes) // 2], passes[-1]] if len(passes) > 2 else passes
+    return ["avg", f"maj@{MAJORITY_K}", "distinct correct", *shown]
 
 
-def _tables(
-    values: Mapping[str, Mapping[str, np.ndarray]], finished: Mapping[str, Sequence[int]], output: Path
-) -> str:
-    names = [n for n in next(iter(values.values())) if n in ("avg", f"maj@{MAJORITY_K}", "distinct correct")]
-    passes = [n for n in next(iter(values.values())) if n.startswith("pass@")]
-    names += [passes[len(passes) // 2], passes[-1]] if len(passes) > 2 else passes
+def _tables(results: Results) -> str:
+    names = _metrics(results)
+    methods = [method for method in results.seeds if method not in GRID]
     head = ["method", "seeds", *names, "entropy", "masked entropy"]
-    lines = ["## Estimates", "", _row(head), "|---" * len(head) + "|"]
-    for method, metrics in values.items():
-        entropies = [f"{value:.3f}" for value in _last_entropies(output, method, finished[method])]
-        cells = [_show(bootstrap(metrics[name])) for name in names]
-        lines.append(_row([method, str(len(finished[method])), *cells, *entropies]))
+    lines = ["## Estimates", "", _row(head), _rule(head)]
+    for method in methods:
+        entropies = [f"{results.last(method, name):.3f}" for name in ("entropy", "siren/entropy_masked")]
+        cells = [_show(bootstrap(results.values[method][name])) for name in names]
+        lines.append(_row([method, str(len(results.seeds[method])), *cells, *entropies]))
     lines += [
         "",
-        "[low, high]: 95% bootstrap over prompts and seeds. Entropies: mean of the last 10 steps, nats.",
+        "[low, high]: 95% bootstrap over prompts and seeds. Entropies in nats, mean of the last "
+        f"{LAST_STEPS} steps.",
     ]
-    if BASELINE in values:
-        lines += ["", f"## Difference to {BASELINE}, paired by prompt and seed", "", _row(["method", *names])]
-        lines.append("|---" * (1 + len(names)) + "|")
-        for method, metrics in values.items():
-            common = [s for s in finished[method] if s in finished[BASELINE]]
-            if method == BASELINE or not common:
-                continue
-            cells = []
-            for name in names:
-                ours = metrics[name][[finished[method].index(s) for s in common]]
-                base = values[BASELINE][name][[finished[BASELINE].index(s) for s in common]]
-                difference = bootstrap(ours - base)
-                clear = difference.low > 0 or difference.high < 0
-                cells.append(
-                    f"**{_show(difference, signed=True)}**" if clear else _show(difference, signed=True)
-                )
-            lines.append(_row([method, *cells]))
+    if BASELINE in methods:
+        head = ["method", *names]
+        lines += ["", f"## Difference to {BASELINE}, paired by prompt and seed", "", _row(head), _rule(head)]
+        for method in methods:
+            differences = [results.difference(method, BASELINE, name) for name in names]
+            if method != BASELINE and differences[0] is not None:
+                lines.append(_row([method, *(_show_difference(d) for d in differences)]))
         lines += ["", "Bold: the interval does not hold 0."]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_grid(results)]) + "\n"
+
+
+def _grid(results: Results) -> list[str]:
+    """SIREN over the two masks' options, as differences to the baseline."""
+    lines = []
+    names = _metrics(results)
+    for top_p in TOP_P_GRID:
+        for quantile in QUANTILE_GRID:
+            centre = (top_p, quantile) == (0.8, 0.8)
+            method = "siren-0.1" if centre else f"grid-p{top_p:g}-q{quantile:g}"
+            if method not in results.seeds or results.difference(method, BASELINE, "avg") is None:
+                continue
+            cells = [_show_difference(results.difference(method, BASELINE, name)) for name in names]
+            masked = f"{results.last(method, 'entropy'):.3f}"
+            lines.append(
+                _row([f"{top_p:g}", f"{quantile:g}", str(len(results.seeds[method])), *cells, masked])
+            )
+    if len(lines) < 2:
+        return []  # the grid was not run
+    head = ["top-p", "quantile", "seeds", *names, "entropy"]
+    title = f"## Sensitivity of SIREN (coefficient 0.1): difference to {BASELINE}"
+    return ["", title, "", _row(head), _rule(head), *lines]
 
 
 def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def _rule(head: Sequence[str]) -> str:
+    return "|---" * len(head) + "|"
 
 
 def _show(interval: Interval, signed: bool = False) -> str:
@@ -157,64 +176,24 @@ def _show(interval: Interval, signed: bool = False) -> str:
     return f"{interval.estimate:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
 
 
-def _metrics(output: Path, method: str, seed: int) -> Path:
-    return output / "runs" / method / f"seed{seed}" / "train" / "metrics.jsonl"
+def _show_difference(values: np.ndarray) -> str:
+    interval = bootstrap(values)
+    shown = _show(interval, signed=True)
+    return f"**{shown}**" if interval.low > 0 or interval.high < 0 else shown
 
 
-def _curves(output: Path, finished: Mapping[str, Sequence[int]]) -> str:
-    """Means over seeds: entropies and reward at every step, the evaluations where they were made."""
-    runs = {
-        method: [read_metrics(_metrics(output, method, seed)) for seed in seeds]
-        for method, seeds in finished.items()
-        if method in MAIN
-    }
-    evaluated = sorted({n for rows in runs.values() for row in rows[0] for n in row if n.startswith("eval/")})
-    wanted = {n: n.split("/")[-1] for n in evaluated if n.split("/")[-1].split("@")[0] in ("avg", "maj")}
-    passes = [n for n in evaluated if "/pass@" in n]
-    if passes:
-        largest = max(passes, key=lambda n: int(n.rsplit("@", 1)[1]))
-        wanted[largest] = largest.split("/")[-1]
-    charts = []
-    for name, title in {**CURVES, **wanted}.items():
-        series = []
-        for method, rows in runs.items():
-            points: dict[int, list[float]] = {}
-            for row in (row for run in rows for row in run):
-                if isinstance(row.get(name), int | float):
-                    points.setdefault(row["step"], []).append(row[name])
-            steps = sorted(points)
-            if steps:
-                series.append(Series(method, steps, [float(np.mean(points[s])) for s in steps]))
-        if series:
-            charts.append(Chart(title, tuple(series)))
-    return figure(charts, columns=2)
+def main(arguments: Sequence[str]) -> int:
+    if not arguments or any(argument.startswith("-") for argument in arguments):
+        print(__doc__, file=sys.stderr)
+        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+    for directory in map(Path, arguments):
+        written = analyse(directory)
+        if not written:
+            print(f"analyse.py: error: {directory}/records holds no record of a run", file=sys.stderr)
+            return 2
+        print(*written, sep="\n")
+    return 0
 
 
-def _pass_chart(values: Mapping[str, Mapping[str, np.ndarray]]) -> Chart:
-    """pass@k over log2 k."""
-    series = []
-    for method in MAIN:
-        if method in values:
-            metrics = values[method]
-            ks = [1, *(int(n.split("@")[1]) for n in metrics if n.startswith("pass@"))]
-            means = [metrics["avg" if k == 1 else f"pass@{k}"].mean() for k in ks]
-            series.append(Series(method, [float(np.log2(k)) for k in ks], [float(m) for m in means]))
-    return Chart("pass@k over log2 k", tuple(series))
-
-
-def _sensitivity(values: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
-    """SIREN's avg and largest pass@k over the mass of the top-p mask and the quantile of the peak mask."""
-    lines = []
-    for top_p in TOP_P_GRID:
-        for quantile in QUANTILE_GRID:
-            centre = (top_p, quantile) == (0.8, 0.8)
-            method = "siren-0.1" if centre else f"grid-p{top_p:g}-q{quantile:g}"
-            if method in values:
-                metrics = values[method]
-                last = [n for n in metrics if n.startswith("pass@")][-1]
-                shown = [_show(bootstrap(metrics[n])) for n in ("avg", f"maj@{MAJORITY_K}", last)]
-                lines.append(_row([f"{top_p:g}", f"{quantile:g}", *shown]))
-    if len(lines) < 2:
-        return []  # the grid was not run
-    head = ["top-p", "quantile", "avg", f"maj@{MAJORITY_K}", last]
-    return ["## Sensitivity of SIREN (coefficient 0.1)", "", _row(head), "|---" * len(head) + "|", *lines]
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -68,12 +68,22 @@ class Setting:
     curve_interval: int
 
 
+_MAIN = ("grpo", "naive-0.01", "naive-0.05", "entropy-constraint", "siren-0.1")
 SETTINGS = {
     "quick": Setting(60, 2, 0, ("grpo", "naive-0.05", "siren-0.1"), 128, 128, 64, 16, 20),
-    "full": Setting(120, 5, 3, tuple(METHODS), 256, 256, 128, 32, 20),
+    "main": Setting(120, 5, 0, _MAIN, 256, 256, 128, 32, 30),
+    "full": Setting(120, 5, 2, tuple(METHODS), 256, 256, 128, 32, 30),
 }
+TASKS = ("countdown", "rewrite")
+"""Names of toy tasks: of `tools/make_toy_checkpoint.py` and of `--reward`."""
+MAX_RESPONSE_TOKENS = 16
+"""Countdown's right responses have 11 tokens, rewrite's 16."""
+
 TRAINING = (
-    *("--rollout-batch-size", "32", "--rollout-num-samples", "8", "--rollout-max-response-length", "16"),
+    *("--rollout-batch-size", "32", "--rollout-num-samples", "8"),
+    *("--rollout-max-response-length", str(MAX_RESPONSE_TOKENS), "--rollout-max-in-flight", "32"),
     *("--seq-length", "64", "--global-batch-size", "64", "--micro-batch-size", "64", "--lr", "1e-4"),
+    # Several runs share few cores: slow is not broken.
+    *("--rollout-health-timeout", "600", "--rollout-request-timeout", "3600", "--reward-time-limit", "600"),
 )
 """Options that all runs share: 32 prompts x 8 responses, 8 prompts an optimizer step."""

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Train and evaluate every method of the comparison on Countdown, then write its tables and figures.
+"""Train and evaluate every method of the comparison on a toy task, then write tables and figures.
 
   python examples/experiments/countdown/run.py --setting quick     # 3 methods x 2 seeds: about 10 minutes
   python examples/experiments/countdown/run.py --setting full      # 16 methods x 5 seeds and a grid: hours
+  python examples/experiments/countdown/run.py --setting main --task rewrite      # the second task: hours
 
-One command, to be repeated after an interruption: finished runs are kept, an unfinished one goes on from its
-newest checkpoint. Each run is `pretrain_siren.py` on one rank with its own vLLM server; `--jobs` of them go
-side by side. Runs, logs and results lie under --output.
+One command, to be repeated after an interruption: finished runs are kept (each has a record in the results),
+an unfinished one goes on from its newest checkpoint. Each run is `pretrain_siren.py` on one rank with its own
+vLLM server; `--jobs` of them go side by side. Runs and logs lie under --output, records and tables under
+--results.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
 sys.path[:0] = [str(REPOSITORY), str(HERE)]
 
-from matrix import GRID, METHODS, SETTINGS, TRAINING, Setting  # noqa: E402
+from matrix import GRID, MAX_RESPONSE_TOKENS, METHODS, SETTINGS, TASKS, TRAINING, Setting  # noqa: E402
+from record import path_of, write_record  # noqa: E402
 
-FINISHED = "finished"  # a file in a run's directory: trained and evaluated
+from siren_megatron.metrics import read_metrics  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,18 @@ class Cell:
 
 def cells(setting: Setting, only: Sequence[str] | None) -> list[Cell]:
     """The runs of a setting, seed by seed, so that an unfinished experiment has whole comparisons."""
-    found = []
-    for seed in range(1, setting.seeds + 1):
-        found += [Cell(name, METHODS[name], seed) for name in setting.methods]
-        if seed <= setting.grid_seeds:
-            found += [Cell(name, options, seed) for name, options in GRID.items()]
+    seeds = range(1, setting.seeds + 1)
+    found = [Cell(name, METHODS[name], seed) for seed in seeds for name in setting.methods]
+    found += [Cell(n, options, seed) for seed in seeds[: setting.grid_seeds] for n, options in GRID.items()]
     return [cell for cell in found if only is None or cell.name in only]
 
 
 class Runner:
     """Runs cells as child processes, and ends those that still run when it is closed."""
 
-    def __init__(self, setting: Setting, checkpoint: Path, output: Path):
-        self.setting, self.checkpoint, self.output = setting, checkpoint, output
+    def __init__(self, task: str, setting: Setting, checkpoint: Path, output: Path, results: Path):
+        self.task, self.setting, self.checkpoint = task, setting, checkpoint
+        self.output, self.results = output, results
         self.children: set[subprocess.Popen] = set()
         self.lock, self.closed = threading.Lock(), False
 
@@ -70,15 +72,21 @@ class Runner:
             RuntimeError: a step failed; the message names its log.
         """
         directory = cell.directory(self.output)
-        if (directory / FINISHED).exists():
-            return
         directory.mkdir(parents=True, exist_ok=True)
-        train = directory / "train"
+        train, evaluation = directory / "train", directory / "eval"
         if not (train / "hf" / "config.json").exists():
             self._call(self._training(cell, train), directory / "train.log")
-        self._call(self._evaluation(train / "hf", directory / "eval"), directory / "eval.log")
+        self._call(self._evaluation(train / "hf", evaluation), directory / "eval.log")
+        rows = read_metrics(train / "metrics.jsonl")
+        if lost := sum(row["reward_timeouts"] + row["reward_errors"] for row in rows):
+            raise RuntimeError(f"{lost} rewards were lost, see {directory / 'train.log'}")
+        write_record(
+            path_of(self.results, cell.name, cell.seed),
+            graded=next(evaluation.glob("*_graded.jsonl")),
+            metrics=train / "metrics.jsonl",
+            about={"method": cell.name, "seed": cell.seed, "task": self.task, "options": cell.options},
+        )
         shutil.rmtree(train / "checkpoints", ignore_errors=True)  # hf/ holds the policy
-        (directory / FINISHED).touch()
 
     def _training(self, cell: Cell, train: Path) -> list[str]:
         setting, data = self.setting, self.checkpoint / "prompts"
@@ -86,7 +94,7 @@ class Runner:
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
             *(str(REPOSITORY / "pretrain_siren.py"), "--hf-checkpoint", str(self.checkpoint)),
-            *("--prompt-data", str(data / "train.jsonl"), "--reward", "countdown", "--seed", str(cell.seed)),
+            *("--prompt-data", str(data / "train.jsonl"), "--reward", self.task, "--seed", str(cell.seed)),
             *("--num-steps", str(setting.steps), "--save", str(train), "--save-interval", "20"),
             *("--save-total-limit", "1", *TRAINING, *cell.options),
             *("--eval-data", str(curve), "--eval-interval", str(setting.curve_interval)),
@@ -101,9 +109,9 @@ class Runner:
         data = self.checkpoint / "prompts" / f"eval-{self.setting.eval_prompts}.jsonl"
         return [
             *(sys.executable, str(REPOSITORY / "tools" / "evaluate.py"), "--checkpoint", str(model)),
-            *("--data", str(data), "--output", str(output), "--reward", "countdown"),
-            *("--num-samples", str(self.setting.eval_samples), "--max-tokens", "16"),
-            *("--temperature", "1", "--top-p", "1", "--seed", "1234"),
+            *("--data", str(data), "--output", str(output), "--reward", self.task),
+            *("--num-samples", str(self.setting.eval_samples), "--max-tokens", str(MAX_RESPONSE_TOKENS)),
+            *("--temperature", "1", "--top-p", "1", "--seed", "1234", "--grading-time-limit", "600"),
         ]
 
     def _call(self, command: list[str], log: Path) -> None:
@@ -135,10 +143,10 @@ class Runner:
                 os.killpg(child.pid, signal.SIGKILL)
 
 
-def prepare(setting: Setting, checkpoint: Path) -> None:
+def prepare(task: str, setting: Setting, checkpoint: Path) -> None:
     """The toy checkpoint, and its held-out prompts cut to the setting's sizes."""
     tool = REPOSITORY / "tools" / "make_toy_checkpoint.py"
-    subprocess.run([sys.executable, str(tool), "countdown", "--output", str(checkpoint)], check=True)
+    subprocess.run([sys.executable, str(tool), task, "--output", str(checkpoint)], check=True)
     lines = (checkpoint / "prompts" / "eval.jsonl").read_text().splitlines(keepends=True)
     for kind, count in (("eval", setting.eval_prompts), ("curve", setting.curve_prompts)):
         (checkpoint / "prompts" / f"{kind}-{count}.jsonl").write_text("".join(lines[:count]))
@@ -149,13 +157,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--setting", choices=SETTINGS, default="quick", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, help="default: runs/experiments/countdown-SETTING")
-    parser.add_argument("--checkpoint", type=Path, default=REPOSITORY / "runs" / "toy-countdown")
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help="default: runs/experiments/TASK-SETTING")
+    parser.add_argument("--results", type=Path, help="default: OUTPUT/results")
+    parser.add_argument("--checkpoint", type=Path, help="default: runs/toy-TASK")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="only these methods")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side; default: %(default)s")
     args = parser.parse_args(argv)
     setting = SETTINGS[args.setting]
-    output = args.output or REPOSITORY / "runs" / "experiments" / f"countdown-{args.setting}"
+    output = args.output or REPOSITORY / "runs" / "experiments" / f"{args.task}-{args.setting}"
+    results = args.results or output / "results"
+    checkpoint = args.checkpoint or REPOSITORY / "runs" / f"toy-{args.task}"
     known = {cell.name for cell in cells(setting, None)}
     if unknown := sorted(set(args.only or ()) - known):
         parser.error(
@@ -163,20 +175,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
-    prepare(setting, args.checkpoint)
+    prepare(args.task, setting, checkpoint)
     todo = cells(setting, args.only)
-    left = [cell for cell in todo if not (cell.directory(output) / FINISHED).exists()]
+    left = [cell for cell in todo if not path_of(results, cell.name, cell.seed).exists()]
     print(
-        f"{len(todo)} runs, {len(todo) - len(left)} finished before; logs and results: {output}", flush=True
+        f"{len(todo)} runs, {len(todo) - len(left)} finished before; runs and logs: {output}, "
+        f"results: {results}",
+        flush=True,
     )
-    failed = run_all(Runner(setting, args.checkpoint, output), left, args.jobs)
+    failed = run_all(Runner(args.task, setting, checkpoint, output, results), left, args.jobs)
     from analyse import analyse
 
-    finished: dict[str, list[int]] = {}
-    for cell in cells(setting, None):
-        if (cell.directory(output) / FINISHED).exists():
-            finished.setdefault(cell.name, []).append(cell.seed)
-    for path in analyse(output, finished):
+    names = dict.fromkeys(cell.name for cell in cells(setting, None))
+    for path in analyse(results, list(names)):
         print(path)
     return 1 if failed else 0
 
