@@ -38,9 +38,8 @@ LAYOUTS = {
 def test_log_probs_and_gradients_equal_those_of_local_layers(tmp_path):
     checkpoints = {family: make_random_checkpoint(tmp_path / family, family) for family in LAYOUTS}
     jobs = [(family, layout) for family in LAYOUTS for layout in (Layout("local"), *LAYOUTS[family])]
-    updates = run_ranks(te_standin.update, 2, [(checkpoints[f], layout) for f, layout in jobs], timeout=300)[
-        0
-    ]
+    arguments = [(checkpoints[family], layout) for family, layout in jobs]
+    updates = run_ranks(te_standin.update, 2, arguments, timeout=300)[0]
     print(f"\n{'family':12}{'layout':34}{'log-probs':>12}{'gradients':>12}   (difference)")
     for (family, layout), update in zip(jobs, updates, strict=True):
         if layout.name == "local":
