@@ -181,10 +181,14 @@ def main() -> int:
     parser.add_argument("--trl", type=Path, help="where requirements/bench-step.txt is installed")
     names = ["ours", "grpo", "trl", "vllm", "floor"]
     parser.add_argument("--without", nargs="+", choices=names[1:], default=[], help="sides to leave out")
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="responses, of ours and TRL's")
+    parser.add_argument("--micro-batch-size", type=int, default=16, help="responses, of ours and TRL's")
     parser.add_argument("--threads", type=int, default=2, help="of every process that computes")
     parser.add_argument("--ranks", type=int, default=1, help="of our trainer")
-    parser.add_argument("--ours-options", default="", help="more options of pretrain_siren.py, in one string")
+    parser.add_argument(
+        "--ours-options",
+        default="--rollout-logprobs-as-old",
+        help="more options of pretrain_siren.py, in one string; TRL makes no log-prob pass either",
+    )
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round, 16 tokens")
     args = parser.parse_args()

@@ -47,13 +47,10 @@ from siren_megatron.microbatch import (
 )
 from siren_megatron.model import build_model, check_architecture, transformer_config
 from siren_megatron.nonfinite import SkippedUpdates, any_non_finite
-from siren_megatron.output_head import defer_output_head
-from siren_megatron.planning.memory_model import fuses_linear, state_bytes
+from siren_megatron.output_head import OutputHead, defer_output_head
 from siren_megatron.platform import Platform
 from siren_megatron.reference import ReferenceWeights
-from siren_megatron.vocab_parallel import TokenStats, TopPCounters, linear_token_stats
-from siren_megatron.vocab_parallel.top_tokens import vocab_parallel_top_tokens
-from siren_megatron.vocab_parallel.top_two import vocab_parallel_top_two_gap
+from siren_megatron.vocab_parallel import TokenStats, TopPCounters
 
 _LOSS = "loss of the micro-batch"  # among its metrics on its way through the schedule
 
@@ -103,7 +100,7 @@ class Trainer:
             transformer_impl=config.model.transformer_impl,
         )
         self.chunks = build_model(hf_config, model_config)
-        self.head_weight = defer_output_head(self.chunks)
+        self.head = OutputHead(defer_output_head(self.chunks), config, Architecture.of(hf_config))
         if config.model.pretrained_checkpoint is not None:
             live.load_megatron_weights(self.chunks, config.model.pretrained_checkpoint)
         else:
@@ -136,15 +133,6 @@ class Trainer:
         self.counters = TopPCounters()
         self.skips = SkippedUpdates(config.run.save / "bad_batches", config.train.max_consecutive_skips)
         self.policy_options = _policy_loss_options(config)
-        self.state_bytes = sum(
-            state_bytes(
-                Architecture.of(hf_config),
-                config.parallel,
-                stage=self.pp_group.rank(),
-                world_size=dist.get_world_size(),
-                bf16=config.model.bf16,
-            )
-        )
         # Before a checkpoint of the run is loaded: the reference is the policy that --hf-checkpoint holds.
         self.reference = (
             ReferenceWeights(p for chunk in self.chunks for p in chunk.parameters())
@@ -197,50 +185,13 @@ class Trainer:
         Returns:
             TokenStats of [B, S], 0 outside the responses.
         """
-        selected = self._response_hidden(micro, hidden)
-        stats = linear_token_stats(
-            selected,
-            self.head_weight,
-            micro.batch.labels.flatten()[micro.targets],
-            top_p=top_p,
-            top_p_boundary=self.config.entropy.entropy_top_p_boundary,
-            vocab_size=self.vocab_size,
-            tp_group=self._vocab_group,
-            temperature=self.config.rollout.rollout_temperature,
-            chunk_mb=self.config.entropy.entropy_chunk_mb,
-            path="fused" if self._fuses_linear(selected) else "logits",
-            # Under sequence parallelism the gather before the head sums the gradients.
-            reduce_hidden_grad=not self.config.parallel.sequence_parallel,
-            counters=self.counters,
-        )
+        labels = micro.batch.labels.flatten()[micro.targets]
+        stats = self.head.token_stats(_selected(micro, hidden), labels, top_p=top_p, counters=self.counters)
         return TokenStats(*self._to_rows(micro, torch.stack(list(stats))))
-
-    def _fuses_linear(self, hidden: Tensor) -> bool:
-        """Whether the logits of `hidden` [n, h] are computed by chunks, and again in the backward pass."""
-        if not hidden.requires_grad:
-            return True  # without a backward pass nothing is computed twice
-        logits = hidden.size(0) * self.head_weight.size(0) * hidden.element_size()
-        return fuses_linear(self.config.train.fused_linear, logits, self.state_bytes)
 
     def top_two_gap(self, micro: MicroBatch, hidden: Tensor) -> Tensor:
         """Log-prob gap [B, S] of the two likeliest tokens, in nats, 0 outside the responses."""
-        logits = self._response_logits(micro, hidden)
-        gap = vocab_parallel_top_two_gap(logits, vocab_size=self.vocab_size, tp_group=self._vocab_group)
-        return self._to_rows(micro, gap.unsqueeze(0))[0]
-
-    @property
-    def _vocab_group(self) -> dist.ProcessGroup | None:
-        return self.tp_group if self.tp_group.size() > 1 else None
-
-    def _response_hidden(self, micro: MicroBatch, hidden: Tensor) -> Tensor:
-        """The head's inputs [n, h] for this context rank's response tokens."""
-        return hidden.flatten(0, 1).index_select(0, micro.sources)
-
-    def _response_logits(self, micro: MicroBatch, hidden: Tensor) -> Tensor:
-        """Their logits [n, V/tp] over the temperature; for passes without gradients."""
-        logits = self._response_hidden(micro, hidden) @ self.head_weight.t()
-        temperature = self.config.rollout.rollout_temperature
-        return logits if temperature == 1.0 else logits / temperature
+        return self._to_rows(micro, self.head.top_two_gap(_selected(micro, hidden)).unsqueeze(0))[0]
 
     def _to_rows(self, micro: MicroBatch, values: Tensor) -> Tensor:
         """Values [k, n] of this context rank's response tokens -> [k, B, S] of all, 0 elsewhere."""
@@ -289,10 +240,7 @@ class Trainer:
         filled = batch.select([*range(rows), *[0] * (-rows % self.smallest_batch)])
 
         def collect(micro: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> list[Tensor]:
-            logits = self._response_logits(micro, hidden)
-            top = vocab_parallel_top_tokens(
-                logits, count, vocab_size=self.vocab_size, tp_group=self._vocab_group
-            )
+            top = self.head.top_tokens(_selected(micro, hidden), count)
             return [*self._to_rows(micro, torch.cat([part.T.float() for part in top]))]  # ids < 2^24: exact
 
         values = self._collect(filled, collect, 2 * count)[:, :rows].permute(1, 2, 0)
@@ -526,6 +474,11 @@ class Trainer:
     def _broadcast_from_last_stage(self, tensor: Tensor) -> None:
         if self.pp_group.size() > 1:
             dist.broadcast(tensor, src=dist.get_process_group_ranks(self.pp_group)[-1], group=self.pp_group)
+
+
+def _selected(micro: MicroBatch, hidden: Tensor) -> Tensor:
+    """The head's inputs [n, h] for this context rank's response tokens."""
+    return hidden.flatten(0, 1).index_select(0, micro.sources)
 
 
 def _policy_loss_options(config: Config) -> PolicyLossOptions:

@@ -136,7 +136,7 @@ def megatron_greedy(rank, world_size, save, checkpoint, prompts, max_tokens):
                 hidden = trainer.model[0](
                     input_ids=tokens, position_ids=torch.arange(len(ids))[None], attention_mask=None
                 )
-                logits = hidden[0, -1] @ trainer.head_weight.t()
+                logits = hidden[0, -1] @ trainer.head.weight.t()
             shards = [torch.empty_like(logits) for _ in range(world_size)]
             torch.distributed.all_gather(shards, logits, group=trainer.tp_group)
             ids.append(int(torch.cat(shards)[: trainer.vocab_size].argmax()))
