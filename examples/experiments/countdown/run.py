@@ -183,7 +183,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"results: {results}",
         flush=True,
     )
-    failed = run_all(Runner(args.task, setting, checkpoint, output, results), left, args.jobs)
+    # Also where a shell started this in the background and has SIGINT ignored.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.default_int_handler)
+    try:
+        failed = run_all(Runner(args.task, setting, checkpoint, output, results), left, args.jobs)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     from analyse import analyse
 
     names = dict.fromkeys(cell.name for cell in cells(setting, None))
