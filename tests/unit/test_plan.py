@@ -17,6 +17,7 @@ from siren_megatron.planning.known_models import KNOWN_MODELS
 from siren_megatron.planning.memory_model import (
     active_parameters,
     kv_cache_bytes_per_token,
+    logit_bytes,
     parameter_counts,
     state_bytes,
     total_parameters,
@@ -323,3 +324,22 @@ def test_the_tool_reads_a_checkpoint_and_needs_no_torch(tmp_path):
 def test_the_tool_refuses_in_one_line(arguments, message):
     done = plan_tool(*arguments)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_logits_are_kept_while_they_are_small_beside_the_states():
+    """--fused-linear auto: a chunk alone where the logits would take over a quarter of the states."""
+    architecture = Architecture.of(MATH_7B)
+    parallel = ParallelOptions(tensor_model_parallel_size=4)
+    states = sum(state_bytes(architecture, parallel, stage=0, world_size=4, bf16=True))
+    row = architecture.padded_vocab(4) // 4 * 2
+
+    def needed(logits, option="auto"):
+        return logit_bytes(
+            architecture, parallel, tokens=int(logits / row), bf16=True, states=states, fused_linear=option
+        )
+
+    chunk = 64 * 2**20
+    assert needed(0.2 * states) == pytest.approx(0.2 * states + chunk, rel=1e-3)
+    assert needed(0.3 * states) == chunk
+    assert needed(0.2 * states, "on") == chunk
+    assert needed(0.3 * states, "off") == pytest.approx(0.3 * states + chunk, rel=1e-3)
