@@ -276,13 +276,11 @@ def test_after_a_failed_update_the_next_one_puts_it_right(served, fault, monkeyp
             served.publisher.update(iter(padded.items()))
     else:
         # The worker itself fails: this is vLLM's own error path.
-        send = SharedMemoryTransport.send
 
-        def cut_short(self, chunk):
-            os.truncate(chunk.buffer.untyped_storage().filename, 0)
-            send(self, chunk)
+        def too_little(self, buffer):
+            self._path.write_bytes(b"x")
 
-        monkeypatch.setattr(SharedMemoryTransport, "send", cut_short)
+        monkeypatch.setattr(SharedMemoryTransport, "_write", too_little)
         with pytest.raises(WeightSyncError, match=r"/update_weights failed: HTTP 500"):
             served.publisher.update(iter(tensors.items()))
         monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Chunks as files in shared memory: for servers on this machine, on CPUs or any GPUs."""
+"""Chunks through a file in shared memory: for servers on this machine, on CPUs or any GPUs."""
 
 from __future__ import annotations
 
@@ -13,50 +13,45 @@ from siren_megatron.rollout.transfer.transport import Transport
 
 
 class SharedMemoryTransport(Transport):
-    """Each chunk is a file that this process fills and all servers map: its bytes exist once.
+    """Each chunk is written to the same file, which all servers map.
 
-    Within an update files are used again: to get new pages from the system takes longer than to fill them.
+    Memory and file are used again within an update: to get new pages from the system takes longer than to
+    fill them. Filling a mapping of the file would save a copy, but costs a fault for every page, and where
+    shared memory runs full it is a SIGBUS, no error.
     """
 
     def __init__(self, group: ServerGroup) -> None:
         super().__init__(group)
-        self._directory = group.servers[0].transfer_dir
-        self._created = 0
+        self._path = group.servers[0].transfer_dir / "chunk.weights"
         self._idle: list[Tensor] = []
 
     def allocate(self, size: int) -> Tensor:
-        for number, file in enumerate(self._idle):
-            if len(file) >= size:
+        for number, memory in enumerate(self._idle):
+            if len(memory) >= size:
                 return self._idle.pop(number)[:size]
-        return self._create(size)
+        return torch.empty(size, dtype=torch.uint8)
 
     def send(self, chunk: Chunk) -> None:
-        storage = chunk.buffer.untyped_storage()
-        self.group.post("/update_weights", {"update_info": {"path": storage.filename, **chunk.metadata}})
-        self._idle.append(torch.empty(0, dtype=torch.uint8).set_(storage))
+        self._write(chunk.buffer)
+        self.group.post("/update_weights", {"update_info": {"path": str(self._path), **chunk.metadata}})
+        self._idle.append(torch.empty(0, dtype=torch.uint8).set_(chunk.buffer.untyped_storage()))
 
     def release(self) -> None:
         self._idle.clear()
-        for path in self._directory.glob("*.weights"):
-            path.unlink(missing_ok=True)
+        # The next update has another file of this name: a server that failed may have this one mapped still.
+        self._path.unlink(missing_ok=True)
 
-    def _create(self, size: int) -> Tensor:
-        # A new name each time, also in the next update: a server may still have the last one's file mapped.
-        path = self._directory / f"{self._created:06d}.weights"
-        self._created += 1
+    def _write(self, buffer: Tensor) -> None:
+        """Put buffer, uint8 [bytes], at the file's start. It never shrinks: a server may have it mapped."""
         try:
-            with open(path, "xb") as file:
-                # Shared memory that runs full while being written through a mapping is a SIGBUS, no error.
-                os.posix_fallocate(file.fileno(), 0, size)
+            with open(os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+                file.write(memoryview(buffer.numpy()))
         except FileNotFoundError as error:
             # The directory goes with its server.
             server = self.group.servers[0]
-            raise ServerSyncFailed(
-                f"{self._directory} is gone: {server.describe_death()}", [server]
-            ) from error
+            raise ServerSyncFailed(f"{self._path} is gone: {server.describe_death()}", [server]) from error
         except OSError as error:
             raise WeightSyncError(
-                f"{self._directory} has no room for a chunk of weights of {size / 2**20:.0f} MiB "
+                f"{self._path} has no room for a chunk of weights of {len(buffer) / 2**20:.0f} MiB "
                 f"({error.strerror}): enlarge it (docker: --shm-size) or choose another transfer_dir"
             ) from error
-        return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
