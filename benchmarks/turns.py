@@ -74,7 +74,11 @@ class Side:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._read(START_LIMIT_S)
+        try:
+            self._read(START_LIMIT_S)
+        except BaseException:
+            self.close()
+            raise
         self.start_seconds = time.perf_counter() - started
 
     def turn(self) -> Turn:
