@@ -161,7 +161,8 @@ def vllm(work: dict[str, Any], side: str, directory: Path) -> None:
     sampling.detokenize = False
     prompts = [{"prompt_token_ids": ids} for ids in work["prompt_ids"][: work["prompts_per_step"]]]
     turns, report = Turns(directory), {}
-    while turns.wait(report):
+    while True:
+        turns.wait(report)
         engine.reset_prefix_cache()
         started = time.perf_counter()
         outputs = engine.generate(prompts, sampling, use_tqdm=False)
@@ -178,7 +179,8 @@ def floor(work: dict[str, Any], side: str, directory: Path) -> None:
     weights = torch.zeros(work["parameters"])
     copy = torch.empty_like(weights)
     turns, report = Turns(directory), {}
-    while turns.wait(report):
+    while True:
+        turns.wait(report)
         started = time.perf_counter()
         copy.copy_(weights)
         copied = time.perf_counter() - started

@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class Side:
     """
 
     def __init__(self, name: str, command: Sequence[str], directory: Path, environment: Mapping[str, str]):
+        # SIGTERM ends the driver as Ctrl-C does, by way of what closes the sides.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         directory.mkdir(parents=True)
         for pipe in ("go", "done"):
             os.mkfifo(directory / pipe)
@@ -71,7 +74,11 @@ class Side:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._read(START_LIMIT_S)
+        try:
+            self._read(START_LIMIT_S)
+        except BaseException:
+            self.close()
+            raise
         self.start_seconds = time.perf_counter() - started
 
     def turn(self) -> Turn:
@@ -123,8 +130,9 @@ class Turns:
         self._go = (directory / "go").open()
         self._done = (directory / "done").open("w")
 
-    def wait(self, report: Mapping[str, Any]) -> bool:
-        """Say that the last step is done, and wait for the next; False = end."""
+    def wait(self, report: Mapping[str, Any]) -> None:
+        """Say that the last step is done, and wait for the next. Ends the process with its driver."""
         self._done.write(json.dumps(dict(report)) + "\n")
         self._done.flush()
-        return self._go.readline() == "step\n"
+        if not self._go.readline():
+            raise SystemExit(0)
