@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7, help="measured updates, after one that is not")
     parser.add_argument(
-        "--chunk-mib", type=int, nargs="+", default=[512], help="sizes of a chunk, measured in turns"
+        "--chunk-mib", type=int, nargs="+", default=[128], help="sizes of a chunk, measured in turns"
     )
     parser.add_argument("--small", action="store_true", help="a toy model, to try this script")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")

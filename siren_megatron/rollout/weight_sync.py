@@ -86,7 +86,7 @@ class WeightPublisher:
         self,
         servers: Sequence[RolloutServer],
         *,
-        chunk_bytes: int = 512 * 2**20,
+        chunk_bytes: int = 128 * 2**20,
         timeout_s: float = 300.0,
     ) -> None:
         if chunk_bytes <= 0:
