@@ -246,7 +246,7 @@ class RolloutService:
         for client in self._clients if server == _ALL else [self._clients[server]]:
             client.weight_version = self._version()
         if (update := self._servers.last_update) is not None:
-            self.sync_metrics = {"weight_sync_bytes": update.bytes, "weight_sync_seconds": update.seconds}
+            self.sync_metrics = {"weight_sync_bytes": update.bytes, "time/weight_transfer": update.seconds}
 
     def _tell_to(self, command: int, server: int, act: Callable[[], list[Any]]) -> dict[int, str]:
         """On rank 0: what all ranks do together; why each server that failed did."""

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500)]
 METRICS = """step reward entropy entropy_top_p siren/entropy_masked siren/entropy_anchor siren/loss
 loss/policy clip_fraction kl_old_new grad_norm lr response_length rollout_logprob_diff tokens_per_second
 time/rollout time/reward time/logprob time/train time/weight_sync time/step weight_sync_bytes
-weight_sync_seconds""".split()
+time/weight_transfer""".split()
 SCRIPT_STEPS = 40
 
 

@@ -184,7 +184,7 @@ def test_a_server_that_fails_to_sleep_has_a_successor_with_the_weights_that_does
     told = [f"tell {SLEEP} {ALL}", "sleep"]
     replaced = ["stop 1", "ready 2", f"tell {GIVE_WEIGHTS} 0", "give a", "update a", "give b", "update b"]
     assert [e for e in world.events if "starting" not in e] == [*told, *replaced, *told]
-    assert service.sync_metrics == {"weight_sync_bytes": 12, "weight_sync_seconds": 0.5}
+    assert service.sync_metrics == {"weight_sync_bytes": 12, "time/weight_transfer": 0.5}
 
 
 def test_a_failed_update_leaves_no_rank_behind_in_the_collective(world, make):
