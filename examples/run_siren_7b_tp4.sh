@@ -34,7 +34,9 @@ Variables, with their defaults:
   GPUS_PER_NODE      8; 0 = CPUs (gloo), for trying it out
   RANKS_PER_NODE     1: trainer ranks of a node, on CPUs only
   ROLLOUT_GPUS       4: the last GPUs of a node are its vLLM servers' alone (disaggregated); 0 = one server
-                     shares GPU 0 with the trainer (colocated; both stay in memory, there is no sleep and wake)
+                     shares GPU 0 with the trainer (colocated)
+  ROLLOUT_SLEEP      1: what a colocated server frees while the trainer trains (--rollout-sleep): 1 its KV cache,
+                     its weights move to the machine's memory, 2 both, 0 nothing
   ROLLOUT_NODES      all: nodes that have vLLM servers; or first, the others' GPUs are then all the trainer's
   ROLLOUT_TP         ROLLOUT_GPUS: tensor-parallel size of a server; 2 makes two servers of four GPUs
   ROLLOUT_SERVERS    1: vLLM servers of such a node, on CPUs only
@@ -107,6 +109,7 @@ prepare() {
     cd "$(repository)"
     : "${NODES:=${SLURM_JOB_NUM_NODES:-1}}" "${GPUS_PER_NODE:=8}" "${RANKS_PER_NODE:=1}" "${ROLLOUT_GPUS:=4}"
     : "${ROLLOUT_NODES:=all}" "${ROLLOUT_TP:=$ROLLOUT_GPUS}" "${ROLLOUT_SERVERS:=1}"
+    : "${ROLLOUT_SLEEP:=1}"
     : "${GPU:=h100-80gb}" "${TP:=4}" "${PP:=1}" "${CP:=1}" "${EP:=1}" "${NUM_STEPS:=250}" "${SAVE_INTERVAL:=10}"
     : "${TIME_LIMIT:=24:00:00}" "${WARNING_SECONDS:=600}" "${MAX_REQUEUES:=100}"
     : "${RUN_DIR:=runs/qwen2.5-math-7b-siren}" "${HF_CHECKPOINT:=}" "${PROMPT_DATA:=}"
@@ -116,8 +119,8 @@ prepare() {
         [ -x "$PYTHON" ] || PYTHON=python3
     fi
     local name
-    for name in NODES GPUS_PER_NODE RANKS_PER_NODE ROLLOUT_GPUS ROLLOUT_TP ROLLOUT_SERVERS TP PP CP EP NUM_STEPS \
-        SAVE_INTERVAL EVAL_INTERVAL WARNING_SECONDS MAX_REQUEUES; do
+    for name in NODES GPUS_PER_NODE RANKS_PER_NODE ROLLOUT_GPUS ROLLOUT_TP ROLLOUT_SERVERS ROLLOUT_SLEEP TP PP CP EP \
+        NUM_STEPS SAVE_INTERVAL EVAL_INTERVAL WARNING_SECONDS MAX_REQUEUES; do
         whole_number "$name"
     done
     [ "$GPUS_PER_NODE" -gt 0 ] || ROLLOUT_GPUS=0
@@ -180,7 +183,7 @@ prepare() {
         options+=(--rollout-devices "$devices" --rollout-tensor-parallel-size "$ROLLOUT_TP")
         options+=(--rollout-gpu-memory-utilization 0.85)
     elif [ "$GPUS_PER_NODE" -gt 0 ]; then
-        options+=(--rollout-gpu-memory-utilization 0.3)
+        options+=(--rollout-gpu-memory-utilization 0.3 --rollout-sleep "$ROLLOUT_SLEEP")
     else
         options+=(--rollout-num-servers "$ROLLOUT_SERVERS")
     fi
@@ -238,7 +241,7 @@ submit() {
     WORLD_SIZE=$world_size "$PYTHON" pretrain_siren.py "${options[@]}" "${resume[@]}" --check || exit $?
     mkdir -p "$RUN_DIR/logs"
     export NODES GPUS_PER_NODE RANKS_PER_NODE ROLLOUT_GPUS ROLLOUT_NODES ROLLOUT_TP ROLLOUT_SERVERS
-    export GPU TP PP CP EP NUM_STEPS SAVE_INTERVAL RUN_DIR
+    export ROLLOUT_SLEEP GPU TP PP CP EP NUM_STEPS SAVE_INTERVAL RUN_DIR
     export MAX_REQUEUES HF_CHECKPOINT PROMPT_DATA EVAL_DATA EVAL_INTERVAL PYTHON SRUN_OPTIONS SIREN_REPOSITORY=$PWD
     local machines=(--nodes "$NODES" --ntasks-per-node 1)
     [ "$GPUS_PER_NODE" -eq 0 ] || machines+=(--exclusive)

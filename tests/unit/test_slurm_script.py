@@ -69,7 +69,9 @@ def test_a_dry_run_follows_variables_and_options(inputs):
     )
     assert "16 trainer rank(s), TP=2 PP=1 CP=1 EP=1 DP=8" in done.stdout, done.stderr
     assert "8 optimizer step(s) of 128" in done.stdout
-    assert "node 3: GPU 0: a vLLM server, shared with rank 12" in done.stdout
+    assert "node 3: GPU 0: a vLLM server, shared with rank 12 (asleep while it trains)" in done.stdout
+    awake = script("--dry-run", ROLLOUT_GPUS="0", ROLLOUT_SLEEP="0", **inputs)
+    assert "shared with rank 0 (both stay in memory)" in awake.stdout, awake.stderr
 
 
 def test_servers_on_every_node_or_on_the_first():
