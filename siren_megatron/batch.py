@@ -24,7 +24,7 @@ class Sample:
         prompt_ids: token ids of the prompt.
         response_ids: token ids of the response, the end-of-sequence token included when it was sampled.
         rollout_logprobs: natural-log probability of each response token under the distribution it was
-            sampled from (temperature applied), one per response token.
+            sampled from (temperature applied), one per response token; () where nobody asked for them.
         finish_reason: "stop" (end of sequence) or "length" (cut at the token budget).
         weight_version: training steps that the weights which made it had seen.
     """

@@ -76,7 +76,7 @@ def check_options(options: argparse.Namespace) -> None:
         return
     if not options.data:
         raise ValueError("--data: which benchmarks?")
-    check_sampling(options.temperature, options.num_samples, "--")
+    check_sampling(options.temperature, options.num_samples, "--temperature", "--num-samples")
     check_data_rendering(_data_options(options))
     check_benchmarks(options.data, "--data", options.prompt_key, options.prompt_answer_key)
     if options.server is not None:

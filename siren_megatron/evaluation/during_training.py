@@ -1,4 +1,4 @@
-"""Evaluation during training: benchmarks every --eval-interval steps, on the run's own server and reward.
+"""Evaluation during training: benchmarks every --eval-interval steps and at the end, by the run's own server.
 
 Rank 0 does the work; the other ranks wait at the next collective, as they do during a rollout.
 """
@@ -8,23 +8,27 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from siren_megatron.config import Config
-from siren_megatron.evaluation.evaluate import Sampling, evaluate_benchmark, load_benchmarks
+from siren_megatron.evaluation.evaluate import Sampling, evaluate_benchmark, load_benchmarks, write_graded
 from siren_megatron.evaluation.graded import Grader
 from siren_megatron.evaluation.passk import ks_to_show
 from siren_megatron.evaluation.results import Summary, write_text
 from siren_megatron.rewards.pool import RewardPool
 
 EVAL_FILE = "eval.jsonl"
+LAST_DIRECTORY = "eval_last"
+"""Holds `<benchmark>_graded.jsonl` of `--eval-last-data`, as `tools/evaluate.py` writes it."""
 
 
 class TrainingEvaluation:
     """The benchmarks of a run. Tokenised once; sampled with the same seed at every evaluation.
 
     Args:
-        config: the run's options, with `--eval-data`.
+        config: the run's options.
         tokenizer: the run's.
         rewards: the run's pool: responses are graded as in training; a reward of at least 0.5 is right.
 
@@ -36,17 +40,18 @@ class TrainingEvaluation:
         options, data = config.evaluation, config.data
         self._config, self._tokenizer = config, tokenizer
         max_tokens = options.eval_max_response_length or config.rollout.rollout_max_response_length
-        self._benchmarks = load_benchmarks(
-            options.eval_data or (),
-            tokenizer,
+        load = partial(
+            load_benchmarks,
+            tokenizer=tokenizer,
             max_prompt_length=config.train.seq_length - max_tokens,
-            flag="--eval-data",
             prompt_key=data.prompt_key,
             answer_key=data.prompt_answer_key,
             system_prompt=data.prompt_system,
             apply_chat_template=data.prompt_chat_template,
             template=data.template_text,
         )
+        self._benchmarks = load(options.eval_data or (), flag="--eval-data")
+        self._last_benchmarks = load(options.eval_last_data or (), flag="--eval-last-data")
         self._sampling = Sampling(
             options.eval_num_samples,
             options.eval_temperature,
@@ -54,6 +59,8 @@ class TrainingEvaluation:
             max_tokens,
             config.train.seed,
         )
+        last_samples = options.eval_last_num_samples or options.eval_num_samples
+        self._last_sampling = replace(self._sampling, num_samples=last_samples)
         self._grader = Grader(
             data.reward_name,
             num_workers=data.reward_num_workers,
@@ -65,12 +72,18 @@ class TrainingEvaluation:
 
     def is_due(self, step: int) -> bool:
         """Whether the policy of this step is to be evaluated, and was not before an interruption."""
-        options, last = self._config.evaluation, self._config.train.num_steps
-        if options.eval_data is None or any(row["step"] == step for row in self._rows()):
-            return False
+        due = self._in_between(step) or (self._is_last(step) and self._last_benchmarks)
+        return bool(due) and all(row["step"] != step for row in self._rows())
+
+    def _in_between(self, step: int) -> bool:
+        options = self._config.evaluation
         if step == 0:
             return options.eval_at_start
-        return bool(options.eval_interval) and (step % options.eval_interval == 0 or step == last)
+        interval = options.eval_interval
+        return bool(interval) and (step % interval == 0 or self._is_last(step))
+
+    def _is_last(self, step: int) -> bool:
+        return step == self._config.train.num_steps
 
     def _rows(self) -> list[dict[str, Any]]:
         if not self._path.exists():
@@ -91,14 +104,22 @@ class TrainingEvaluation:
         """
         row: dict[str, Any] = {"step": step}
         metrics: dict[str, float] = {}
-        for benchmark in self._benchmarks:
-            summary, _ = evaluate_benchmark(benchmark, client, self._tokenizer, self._sampling, self._grader)
+        due = [(one, self._sampling, None) for one in self._benchmarks if self._in_between(step)]
+        if self._is_last(step):
+            for one in self._last_benchmarks:
+                path = self._config.run.save / LAST_DIRECTORY / f"{one.name}_graded.jsonl"
+                due.append((replace(one, name=f"{one.name}-last"), self._last_sampling, path))
+        for benchmark, sampling, path in due:
+            summary, graded = evaluate_benchmark(benchmark, client, self._tokenizer, sampling, self._grader)
             row[benchmark.name] = {
                 name: {"value": e.value, "low": e.low, "high": e.high} for name, e in summary.metrics.items()
             }
             metrics |= shown_metrics(summary)
             shown = [f"{name} {summary.metrics[name]}" for name in headline(summary)]
             say(f"step {step}: eval {benchmark.name}  {'  '.join(shown)}")
+            if path is not None:
+                path.parent.mkdir(exist_ok=True)
+                say(f"graded responses: {write_graded(path, graded)}")
         rows = [earlier for earlier in self._rows() if earlier["step"] < step]
         write_text(self._path, "".join(json.dumps(one) + "\n" for one in [*rows, row]))
         self._latest = (step, metrics)

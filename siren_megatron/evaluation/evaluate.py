@@ -119,6 +119,7 @@ def sample_benchmark(
             seed=sampling.seed,
             stop_token_ids=[tokenizer.eos_token_id],
             stream_ids=missing,
+            logprobs=False,
             on_group=take,
         )
     return writer.problems() if writer is not None else [found[index] for index in range(len(prompts))]

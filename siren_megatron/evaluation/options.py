@@ -25,12 +25,22 @@ class EvaluationOptions:
         0, "most tokens of a response; 0 = --rollout-max-response-length", minimum=0
     )
     eval_at_start: bool = option(False, "evaluate the initial policy as well, as step 0 of eval.jsonl")
+    eval_last_data: tuple[Path, ...] | None = option(
+        None,
+        "JSONL or .parquet benchmark file(s) for the policy of the last step; graded responses are kept",
+        type=Path,
+        several=True,
+    )
+    eval_last_num_samples: int = option(
+        0, "responses of one problem of --eval-last-data; 0 = --eval-num-samples", minimum=0
+    )
 
     def __post_init__(self):
-        paths = self.eval_data
-        if paths is not None:
-            paths = (paths,) if isinstance(paths, str | Path) else paths
-            object.__setattr__(self, "eval_data", tuple(Path(path) for path in paths))
+        for name in ("eval_data", "eval_last_data"):
+            paths = getattr(self, name)
+            if paths is not None:
+                paths = (paths,) if isinstance(paths, str | Path) else paths
+                object.__setattr__(self, name, tuple(Path(path) for path in paths))
 
 
 def check_evaluation(
@@ -45,24 +55,30 @@ def check_evaluation(
         for name, wanted in (("interval", options.eval_interval), ("at-start", options.eval_at_start)):
             if wanted:
                 raise ValueError(f"--eval-{name} needs --eval-data")
-        return
-    if not options.eval_interval and not options.eval_at_start:
+    elif not options.eval_interval and not options.eval_at_start:
         raise ValueError("--eval-data needs --eval-interval or --eval-at-start")
-    check_sampling(options.eval_temperature, options.eval_num_samples, "--eval-")
+    if options.eval_last_data is None and options.eval_last_num_samples:
+        raise ValueError("--eval-last-num-samples needs --eval-last-data")
+    if options.eval_data is None and options.eval_last_data is None:
+        return
+    for name in ("--eval-num-samples", "--eval-last-num-samples"):
+        num_samples = getattr(options, name.strip("-").replace("-", "_"))
+        check_sampling(options.eval_temperature, num_samples, "--eval-temperature", name)
     if options.eval_max_response_length >= seq_length:
         raise ValueError(
             f"--eval-max-response-length {options.eval_max_response_length} leaves no room for a prompt in "
             f"--seq-length {seq_length}"
         )
-    check_benchmarks(options.eval_data, "--eval-data", prompt_key, answer_key)
+    check_benchmarks(options.eval_data or (), "--eval-data", prompt_key, answer_key)
+    check_benchmarks(options.eval_last_data or (), "--eval-last-data", prompt_key, answer_key)
 
 
-def check_sampling(temperature: float, num_samples: int, prefix: str) -> None:
-    """Greedy decoding gives one response only; raises ValueError."""
+def check_sampling(
+    temperature: float, num_samples: int, temperature_flag: str, num_samples_flag: str
+) -> None:
+    """Greedy decoding gives one response only; raises ValueError, which names the options."""
     if temperature == 0 and num_samples > 1:
-        raise ValueError(
-            f"{prefix}temperature 0 is greedy: all of {prefix}num-samples {num_samples} are equal"
-        )
+        raise ValueError(f"{temperature_flag} 0 is greedy: all of {num_samples_flag} {num_samples} are equal")
 
 
 def check_benchmarks(

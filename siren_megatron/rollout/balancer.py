@@ -56,6 +56,7 @@ class Balancer:
         seed: int,
         stop_token_ids: Sequence[int],
         stream_ids: Sequence[int] | None = None,
+        logprobs: bool = True,
         may_drop: bool = False,
         on_group: Callable[[int, list[Sample]], None] | None = None,
     ) -> list[list[Sample]]:
@@ -74,6 +75,7 @@ class Balancer:
             stop_token_ids: tokens that end a response, as its last token; only max_tokens ends one else.
             stream_ids: number of each prompt's random stream; None = their positions. A part of a list asked
                 for with the numbers it has there gets what the whole list would give it.
+            logprobs: whether the samples tell their tokens' log-probs; vLLM has less to do without.
             may_drop: give up a prompt whose request ran past its time again and again while the server works.
             on_group: called in this thread with (prompt index, its samples) as soon as a prompt is done,
                 in the order in which prompts finish.
@@ -107,7 +109,7 @@ class Balancer:
             "top_p": top_p,
             "stop_token_ids": list(stop_token_ids),
             "ignore_eos": True,
-            "logprobs": 0,
+            "logprobs": 0 if logprobs else None,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }

@@ -126,7 +126,13 @@ class RolloutClient:
             answer = await self._ask_in_time(session, index, {"model": self._model, **request})
             if answer is _DROPPED:
                 return None
-            samples = parse_completion(answer, tuple(request["prompt"]), request["n"], version)
+            samples = parse_completion(
+                answer,
+                tuple(request["prompt"]),
+                request["n"],
+                version,
+                logprobs=request["logprobs"] is not None,
+            )
         except asyncio.TimeoutError as error:
             raise ServerFailed(
                 f"a request to {self.url} took longer than {self.request_timeout_s:g} s, and so did one "
@@ -202,7 +208,12 @@ def _one_line(error: BaseException) -> str:
 
 
 def parse_completion(
-    answer: Mapping[str, Any], prompt_ids: tuple[int, ...], num_samples: int, weight_version: int = 0
+    answer: Mapping[str, Any],
+    prompt_ids: tuple[int, ...],
+    num_samples: int,
+    weight_version: int = 0,
+    *,
+    logprobs: bool = True,
 ) -> list[Sample]:
     """The samples in vLLM's answer to one prompt, in the order of their seeds.
 
@@ -211,6 +222,7 @@ def parse_completion(
         prompt_ids: the prompt that was asked.
         num_samples: choices that have to be there.
         weight_version: of the weights that made them.
+        logprobs: whether log-probs were asked for.
 
     Raises:
         _BadAnswer: choices are missing, cut short by the server or have no finite log-probs.
@@ -218,24 +230,24 @@ def parse_completion(
     try:
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         fields = [
-            (choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"])
-            for choice in choices
+            (c["token_ids"], c["logprobs"]["token_logprobs"] if logprobs else (), c["finish_reason"])
+            for c in choices
         ]
     except (KeyError, TypeError) as error:
         raise _BadAnswer(f"the answer is not vLLM's: {error!r} in {error_text(answer)}") from error
     if len(fields) != num_samples:
         raise _BadAnswer(f"{len(fields)} responses came for a prompt, {num_samples} were asked for")
     samples = []
-    for token_ids, logprobs, finish_reason in fields:
+    for token_ids, found, finish_reason in fields:
         if finish_reason not in ("stop", "length"):
             # "abort": the server is being ended.
             ending = finish_reason == "abort"
             raise _BadAnswer(
                 f"vLLM ended a response with finish_reason {finish_reason!r}", server_failing=ending
             )
-        if not token_ids or len(token_ids) != len(logprobs):
-            raise _BadAnswer(f"a response has {len(token_ids)} tokens and {len(logprobs)} log-probs")
-        if not all(value is not None and math.isfinite(value) for value in logprobs):
+        if not token_ids or len(found) != len(token_ids) * logprobs:
+            raise _BadAnswer(f"a response has {len(token_ids)} tokens and {len(found)} log-probs")
+        if not all(value is not None and math.isfinite(value) for value in found):
             raise _BadAnswer("a response has a log-prob that is not finite: the served weights may be broken")
-        samples.append(Sample(prompt_ids, tuple(token_ids), tuple(logprobs), finish_reason, weight_version))
+        samples.append(Sample(prompt_ids, tuple(token_ids), tuple(found), finish_reason, weight_version))
     return samples

@@ -127,7 +127,9 @@ def server_arguments(options: ServerOptions, port: int, name: str) -> list[str]:
     else:
         arguments += ["--gpu-memory-utilization", str(options.gpu_memory_utilization)]
     if options.device == "cpu":
-        arguments += ["--enforce-eager"]
+        # A prompt cut into chunks kills the engine where requests have seeds: it wants to take a random
+        # number back, which generators on a CPU cannot (vLLM 0.32.0, GPUModelRunner._bookkeeping_sync).
+        arguments += ["--enforce-eager", "--no-enable-chunked-prefill"]
     if options.sleep_level:
         arguments += ["--enable-sleep-mode"]
     return arguments + list(options.extra_args)

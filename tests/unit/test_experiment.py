@@ -110,7 +110,8 @@ def test_every_run_of_every_setting_is_accepted(experiment, tmp_path, monkeypatc
     (model / "model.safetensors").write_bytes(b"")
     prompts = write_prompts(model / "prompts" / "train.jsonl", [{"problem": "1+1", "answer": "2"}] * 32)
     for setting in matrix.SETTINGS.values():
-        (model / "prompts" / f"curve-{setting.curve_prompts}.jsonl").write_bytes(prompts.read_bytes())
+        for name in (f"curve-{setting.curve_prompts}", f"eval-{setting.eval_prompts}"):
+            (model / "prompts" / f"{name}.jsonl").write_bytes(prompts.read_bytes())
         cells = run.cells(setting, None)
         assert len({(cell.name, cell.seed) for cell in cells}) == len(cells)
         runner = run.Runner("countdown", setting, model, tmp_path, tmp_path / "results")

@@ -48,7 +48,10 @@ def write_record(path: Path, *, graded: Path, metrics: Path, about: dict[str, An
     curves: dict[str, list[list[float]]] = {}
     for row in read_metrics(metrics):
         for name, value in row.items():
-            if (name in CURVES or name.startswith("eval/")) and isinstance(value, int | float):
+            evaluated = (
+                name.startswith("eval/") and "-last/" not in name
+            )  # that is `graded`, prompt by prompt
+            if (name in CURVES or evaluated) and isinstance(value, int | float):
                 curves.setdefault(name, []).append([row["step"], float(f"{value:.5g}")])
     record = {
         **about,

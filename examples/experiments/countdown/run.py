@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
 sys.path[:0] = [str(REPOSITORY), str(HERE)]
 
-from matrix import GRID, MAX_RESPONSE_TOKENS, METHODS, SETTINGS, TASKS, TRAINING, Setting  # noqa: E402
+from matrix import GRID, METHODS, SETTINGS, TASKS, TRAINING, Setting  # noqa: E402
 from record import path_of, write_record  # noqa: E402
 
 from siren_megatron.metrics import read_metrics  # noqa: E402
@@ -73,16 +73,15 @@ class Runner:
         """
         directory = cell.directory(self.output)
         directory.mkdir(parents=True, exist_ok=True)
-        train, evaluation = directory / "train", directory / "eval"
+        train = directory / "train"
         if not (train / "hf" / "config.json").exists():
             self._call(self._training(cell, train), directory / "train.log")
-        self._call(self._evaluation(train / "hf", evaluation), directory / "eval.log")
         rows = read_metrics(train / "metrics.jsonl")
         if lost := sum(row["reward_timeouts"] + row["reward_errors"] for row in rows):
             raise RuntimeError(f"{lost} rewards were lost, see {directory / 'train.log'}")
         write_record(
             path_of(self.results, cell.name, cell.seed),
-            graded=next(evaluation.glob("*_graded.jsonl")),
+            graded=next((train / "eval_last").glob("*_graded.jsonl")),
             metrics=train / "metrics.jsonl",
             about={"method": cell.name, "seed": cell.seed, "task": self.task, "options": cell.options},
         )
@@ -99,20 +98,12 @@ class Runner:
             *("--save-total-limit", "1", *TRAINING, *cell.options),
             *("--eval-data", str(curve), "--eval-interval", str(setting.curve_interval)),
             *("--eval-num-samples", str(setting.curve_samples), "--eval-temperature", "1"),
-            *("--eval-top-p", "1"),
+            *("--eval-top-p", "1", "--eval-last-data", str(data / f"eval-{setting.eval_prompts}.jsonl")),
+            *("--eval-last-num-samples", str(setting.eval_samples)),
         ]
         if (train / "checkpoints" / "latest").exists():
             return [*command, "--load", str(train)]
         return [*command, "--overwrite"]
-
-    def _evaluation(self, model: Path, output: Path) -> list[str]:
-        data = self.checkpoint / "prompts" / f"eval-{self.setting.eval_prompts}.jsonl"
-        return [
-            *(sys.executable, str(REPOSITORY / "tools" / "evaluate.py"), "--checkpoint", str(model)),
-            *("--data", str(data), "--output", str(output), "--reward", self.task),
-            *("--num-samples", str(self.setting.eval_samples), "--max-tokens", str(MAX_RESPONSE_TOKENS)),
-            *("--temperature", "1", "--top-p", "1", "--seed", "1234", "--grading-time-limit", "600"),
-        ]
 
     def _call(self, command: list[str], log: Path) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
