@@ -42,6 +42,7 @@ def toy_run(tmp_path_factory):
     held_out = REPOSITORY / "runs" / "toy-countdown" / "prompts" / "eval.jsonl"
     arguments += ["--eval-data", str(held_out), "--eval-interval", "30", "--eval-at-start"]
     arguments += ["--eval-num-samples", "4", "--eval-temperature", "1", "--eval-top-p", "1", "--profile", "3"]
+    arguments += ["--eval-last-data", str(held_out), "--eval-last-num-samples", "8"]
     done = subprocess.run(["bash", str(script), *arguments], capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return save, done.stdout
@@ -99,6 +100,22 @@ def test_the_held_out_prompts_are_evaluated(toy_run):
     first, last = rows[0]["eval"]["avg@4"]["value"], rows[-1]["eval"]["avg@4"]["value"]
     assert last > first + 0.03, f"avg@4 of the held-out prompts went from {first:.3f} to {last:.3f}"
     assert "step 0: eval eval  avg@4" in output and "eval/eval/avg@4" in (save / "report.html").read_text()
+
+
+def test_the_last_policy_is_evaluated_with_its_own_data_and_its_responses_are_kept(toy_run):
+    save, output = toy_run
+    rows = [json.loads(line) for line in (save / "eval.jsonl").read_text().splitlines()]
+    assert ["eval-last" in row for row in rows] == [False, False, True]
+    last = rows[-1]["eval-last"]
+    graded = [
+        json.loads(line) for line in (save / "eval_last" / "eval_graded.jsonl").read_text().splitlines()
+    ]
+    right = [sum(row["correct"]) / 8 for row in graded if len(row["responses"]) == 8]
+    assert sum(right) / len(graded) == pytest.approx(last["avg@8"]["value"])
+    # Twice the samples of the same policy: the same accuracy, within what chance allows.
+    assert abs(last["avg@8"]["value"] - rows[-1]["eval"]["avg@4"]["value"]) < 0.05
+    assert last["pass@8"]["value"] > last["pass@4"]["value"]
+    assert str(save / "eval_last" / "eval_graded.jsonl") in output.replace("\n", "")
 
 
 def test_tensorboard_holds_the_reward(toy_run):

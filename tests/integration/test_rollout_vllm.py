@@ -176,6 +176,19 @@ def test_the_seed_decides_the_tokens(served):
     assert len({sample.response_ids for sample in one + other}) == 8
 
 
+def test_more_prompt_tokens_than_one_forward_pass_takes_are_sampled_from(served):
+    # 12,800 tokens; vLLM's passes are of some thousand, and a prompt cut in two would kill its engine.
+    prompts = [[3 + (31 * row + 7 * position) % 500 for position in range(200)] for row in range(64)]
+    groups = served.generate(prompts=prompts, num_samples=2, max_tokens=3, seed=8)
+    assert largest_difference(served.model, groups, 1.0) < TOLERANCE
+
+
+def test_the_tokens_are_the_same_where_nobody_asks_for_log_probs(served):
+    groups = served.generate(seed=3, logprobs=False)
+    assert tokens_of(groups) == tokens_of(served.generate(seed=3))
+    assert all(sample.rollout_logprobs == () for group in groups for sample in group)
+
+
 def test_responses_end_at_a_stop_token_or_at_the_budget(served):
     stops = list(range(0, VOCAB, 8))
     groups = served.generate(seed=5, stop_token_ids=stops)

@@ -45,6 +45,23 @@ def test_choices_become_samples_in_the_order_of_their_seeds():
     ]
 
 
+def test_log_probs_that_nobody_asked_for_are_neither_sent_nor_read():
+    asked = []
+
+    def without(path, body):
+        asked.append(body["logprobs"])
+        return 200, {"choices": [{**choice(), "logprobs": None}]}
+
+    with fake_server(without) as url:
+        client = RolloutClient(url, 10, 1)
+        assert client.generate([[1]], **{**ARGUMENTS, "num_samples": 1}, logprobs=False) == [
+            [Sample((1,), (5, 6), (), "stop")]
+        ]
+        with pytest.raises(RolloutError, match="the answer is not vLLM's"):
+            client.generate([[1]], **{**ARGUMENTS, "num_samples": 1})
+    assert asked == [None, 0]
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

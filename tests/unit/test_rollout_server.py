@@ -135,6 +135,7 @@ def test_arguments_on_a_cpu(checkpoint):
     assert value["--load-format"] == "safetensors"
     assert "--api-key" not in arguments and "--trust-remote-code" not in arguments
     assert "--enforce-eager" in arguments
+    assert "--no-enable-chunked-prefill" in arguments
     assert "--gpu-memory-utilization" not in arguments
     assert arguments[-2:] == ["--block-size", "32"]
 
@@ -147,6 +148,7 @@ def test_arguments_on_a_gpu(checkpoint):
     assert arguments[arguments.index("--gpu-memory-utilization") + 1] == "0.25"
     assert "--kv-cache-memory-bytes" not in arguments
     assert "--enforce-eager" not in arguments
+    assert "--no-enable-chunked-prefill" not in arguments
 
 
 def test_the_environment_hides_torchrun_and_keeps_the_rest(checkpoint):
