@@ -127,9 +127,15 @@ def packed_lengths(batch: TrainBatch, context_size: int) -> list[int]:
     return [-(-length // multiple) * multiple for length in last.tolist()]
 
 
-def contiguous_rows(num_rows: int, size: int, rank: int, ranks: int) -> list[list[int]]:
-    """Padded: this data-parallel rank's consecutive rows, in micro-batches of `size`."""
+def contiguous_rows(num_rows: int, size: int, rank: int, ranks: int, *, multiple: int = 1) -> list[list[int]]:
+    """Padded: this data-parallel rank's consecutive rows, in micro-batches of at most `size`, all alike.
+
+    Args:
+        num_rows: a multiple of ranks · multiple.
+        multiple: the number of micro-batches is a multiple of this (interleaved pipelines need one).
+    """
     share = num_rows // ranks
+    size = max(n for n in range(1, size + 1) if share % (n * multiple) == 0)
     start = rank * share
     return [list(range(i, i + size)) for i in range(start, start + share, size)]
 

@@ -418,9 +418,12 @@ class Trainer:
 
     @property
     def smallest_batch(self) -> int:
-        """Fewest responses that a forward pass takes: a micro-batch for every data-parallel rank."""
-        rows = 1 if self.config.train.max_tokens_per_microbatch else self.config.train.micro_batch_size
-        return rows * self.dp_group.size() * (self.pp_group.size() if len(self.model) > 1 else 1)
+        """A forward pass takes a multiple of so many responses: a micro-batch of one for every rank."""
+        return self.dp_group.size() * self._micro_batch_multiple
+
+    @property
+    def _micro_batch_multiple(self) -> int:
+        return self.pp_group.size() if len(self.model) > 1 else 1
 
     def hf_weights(self, named_on: Collection[int] = ()) -> Iterator[tuple[str, Tensor | None]]:
         """A collective: whole tensors under Hugging Face names on rank 0, the names alone on `named_on`."""
@@ -433,11 +436,13 @@ class Trainer:
     def micro_batches(self, batch: TrainBatch) -> tuple[list[MicroBatch], list[list[int]]]:
         """This rank's micro-batches of the rows of `batch`, and which rows each of them holds."""
         train, rank, ranks = self.config.train, self.dp_group.rank(), self.dp_group.size()
+        multiple = self._micro_batch_multiple
         if not train.max_tokens_per_microbatch:
-            rows = contiguous_rows(batch.num_responses, train.micro_batch_size, rank, ranks)
+            rows = contiguous_rows(
+                batch.num_responses, train.micro_batch_size, rank, ranks, multiple=multiple
+            )
             return [padded_micro_batch(batch.select(r), self.share) for r in rows], rows
         lengths = packed_lengths(batch, self.share.size)
-        multiple = self.pp_group.size() if len(self.model) > 1 else 1
         packs = packed_rows(lengths, train.max_tokens_per_microbatch, ranks, multiple=multiple)
         # One length for all of a schedule: pipeline stages then need not tell each other theirs.
         longest = max(sum(lengths[i] for i in pack) for of_rank in packs for pack in of_rank)

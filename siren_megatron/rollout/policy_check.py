@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from siren_megatron.rollout.service import RolloutService
     from siren_megatron.trainer import Trainer
 
-CHECK_TOKENS = 8
+CHECK_TOKENS = 4
 """Response tokens that each server and the trainer compare after a weight update."""
 
 

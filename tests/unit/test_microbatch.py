@@ -79,6 +79,10 @@ def test_packed_rows_are_filled_up_to_pieces_of_every_context_rank():
 
 def test_contiguous_rows():
     assert contiguous_rows(8, 2, rank=1, ranks=2) == [[4, 5], [6, 7]]
+    # Fewer rows than a micro-batch, as of a policy check; rows that micro-batches of 4 do not divide.
+    assert contiguous_rows(2, 64, rank=1, ranks=2) == [[1]]
+    assert contiguous_rows(6, 4, rank=0, ranks=1) == [[0, 1, 2], [3, 4, 5]]
+    assert contiguous_rows(4, 4, rank=0, ranks=1, multiple=2) == [[0, 1], [2, 3]]
 
 
 @settings(deadline=None, max_examples=200)

@@ -52,7 +52,7 @@ class Servers:
         self.logprobs = logprobs
 
     def generate(self, prompts, *, stream_ids, max_tokens, **_):
-        assert len(prompts) == 3 and stream_ids == [0, 0, 0] and max_tokens == 8, "the same of each"
+        assert len(prompts) == 3 and stream_ids == [0, 0, 0] and max_tokens == 4, "the same of each"
         return [[Sample((5,), (1, 2), (value, value), "stop")] for value in self.logprobs]
 
 
