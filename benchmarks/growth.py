@@ -77,8 +77,8 @@ def main() -> None:
             with sides([work]) as (side,):
                 side.turn()
                 turns = [side.turn() for _ in range(args.rounds)]
+                peaks.append(side.turn(memory=True).peak_bytes / 2**30)
             seconds.append(statistics.median(sum(turn.report.values()) for turn in turns))
-            peaks.append(max(turn.peak_bytes for turn in turns) / 2**30)
         law = expected(sweep, list(works), seconds, args.cores)
         print(f"\n| {sweep} | GFLOP | s | expected s | measured / expected | peak GiB |")
         print("|---|---|---|---|---|---|")

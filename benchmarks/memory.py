@@ -43,7 +43,7 @@ def main() -> None:
                 work = cell(name, value, fused)
                 with sides([work]) as (side,):
                     side.turn()
-                    turn = side.turn()
+                    turn = side.turn(memory=True)
                 peaks.append(turn.peak_bytes / 2**20)
                 seconds.append(sum(turn.report.values()))
             rows = work.options["micro_batch_size"] * work.tokens

@@ -45,9 +45,9 @@ def main() -> int:
                 first, second = (grpo, siren) if number % 2 == 0 else (siren, grpo)
                 one, other = first.turn(), second.turn()
                 pairs.append((one, other) if number % 2 == 0 else (other, one))
+            peaks = [side.turn(memory=True).peak_bytes for side in (grpo, siren)]
         seconds = [[sum(turn.report.values()) for turn in pair] for pair in pairs]
         time_percent = 100 * statistics.median(b / a - 1 for a, b in seconds)
-        peaks = [max(pair[side].peak_bytes for pair in pairs) for side in (0, 1)]
         memory_percent = 100 * (peaks[1] / peaks[0] - 1)
         costs.append((time_percent, memory_percent))
         medians = [statistics.median(pair[side] for pair in seconds) for side in (0, 1)]

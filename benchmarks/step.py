@@ -8,7 +8,8 @@ The same random Qwen2 (51.7M parameters), prompts, response lengths, float32 and
 sides. The sides live side by side and take turns step by step, so that what else happens on the machine
 happens to all: `pretrain_siren.py` itself with SIREN and without (megatron-core, vLLM), TRL with its own
 generation, vLLM alone on the same requests, and the training's matrix products alone. Medians over the
-rounds; memory is the sum of the proportional set sizes of a side's processes, at its largest sample.
+rounds; memory is the sum of the proportional set sizes of a side's processes, the largest sample of a round
+of its own, as sampling takes time.
 
 Exit code 0 where the goals hold: at least 3 times TRL's steps in a second and no more memory, at every
 length, every stage within twice its bound, SIREN at most 3% over GRPO.
@@ -117,8 +118,8 @@ def start(name: str, directory: Path, args: argparse.Namespace) -> Side:
     return Side(name, command, directory / name, environment)
 
 
-def measure(tokens: int, args: argparse.Namespace) -> dict[str, list[Turn]]:
-    """The turns of every side at one response length, the warm-up left out."""
+def measure(tokens: int, args: argparse.Namespace) -> tuple[dict[str, list[Turn]], dict[str, float]]:
+    """Of every side at one response length: its turns, the warm-up left out, and its peak memory in GiB."""
     with tempfile.TemporaryDirectory(prefix="step-") as temporary:
         directory = Path(temporary)
         make_work(directory, tokens, args)
@@ -134,10 +135,11 @@ def measure(tokens: int, args: argparse.Namespace) -> dict[str, list[Turn]]:
                     if number:
                         turns[side.name].append(turn)
                     print(f"round {number} {side.name:6} {turn.seconds:7.2f} s", flush=True)
+            peaks = {side.name: side.turn(memory=True).peak_bytes / 2**30 for side in sides}
         finally:
             for side in sides:
                 side.close()
-    return turns
+    return turns, peaks
 
 
 def median(turns: list[Turn], stage: str | None = None) -> float:
@@ -145,11 +147,7 @@ def median(turns: list[Turn], stage: str | None = None) -> float:
     return statistics.median(values) if values else float("nan")
 
 
-def peak_gib(turns: list[Turn]) -> float:
-    return max((turn.peak_bytes for turn in turns), default=0) / 2**30
-
-
-def report(tokens: int, turns: dict[str, list[Turn]]) -> dict[str, float]:
+def report(tokens: int, turns: dict[str, list[Turn]], peaks: dict[str, float]) -> dict[str, float]:
     """Print the table of one length; the numbers that the goals speak of."""
     print(f"\n16 responses of {tokens} tokens, seconds (medians of {min(map(len, turns.values()))} rounds)")
     print(f"{'':12}{'step':>8}" + "".join(f"{stage:>13}" for stage in STAGES) + f"{'peak GiB':>10}")
@@ -157,7 +155,7 @@ def report(tokens: int, turns: dict[str, list[Turn]]) -> dict[str, float]:
         if name in ("vllm", "floor"):
             continue
         cells = "".join(f"{median(rows, stage):13.2f}" for stage in STAGES)
-        print(f"{name:12}{median(rows):8.2f}{cells}{peak_gib(rows):10.2f}")
+        print(f"{name:12}{median(rows):8.2f}{cells}{peaks[name]:10.2f}")
     bounds = {"rollout": median(turns.get("vllm", []), "rollout")}
     bounds |= {stage: median(turns.get("floor", []), stage) for stage in STAGES[1:]}
     print(f"{'bound':12}{'':8}" + "".join(f"{bounds[stage]:13.2f}" for stage in STAGES))
@@ -166,7 +164,7 @@ def report(tokens: int, turns: dict[str, list[Turn]]) -> dict[str, float]:
     numbers = {f"over_{stage}": value for stage, value in over.items()}
     if turns.get("trl"):
         numbers["ratio"] = median(turns["trl"]) / median(turns["ours"])
-        numbers["memory"] = peak_gib(turns["ours"]) / peak_gib(turns["trl"])
+        numbers["memory"] = peaks["ours"] / peaks["trl"]
         print(f"steps in a second: {numbers['ratio']:.2f} x TRL's; memory: {numbers['memory']:.2f} x TRL's")
     if turns.get("grpo"):
         pairs = [a.seconds / b.seconds - 1 for a, b in zip(turns["ours"], turns["grpo"], strict=True)]
@@ -201,10 +199,13 @@ def main() -> int:
         )
     results = {}
     for tokens in args.tokens:
-        turns = measure(tokens, args)
-        results[tokens] = report(tokens, turns)
+        turns, peaks = measure(tokens, args)
+        results[tokens] = report(tokens, turns, peaks)
         if args.output:
-            rows = {n: [[t.seconds, t.peak_bytes, t.report] for t in r] for n, r in turns.items()}
+            rows = {
+                n: {"peak_gib": peaks[n], "rounds": [[t.seconds, t.report] for t in r]}
+                for n, r in turns.items()
+            }
             kept = json.loads(args.output.read_text()) if args.output.exists() else {}
             args.output.write_text(json.dumps({**kept, str(tokens): rows}, indent=1) + "\n")
     missed = [

@@ -35,7 +35,7 @@ class Turn:
 
     Args:
         seconds: wall time between "go" and "done".
-        peak_bytes: of the side's process tree.
+        peak_bytes: of the side's process tree; 0 where nobody looked.
         report: what the side says of the step: seconds by stage.
     """
 
@@ -81,18 +81,21 @@ class Side:
             raise
         self.start_seconds = time.perf_counter() - started
 
-    def turn(self) -> Turn:
+    def turn(self, *, memory: bool = False) -> Turn:
         """Let the side do one step.
+
+        Args:
+            memory: sample its memory meanwhile. That takes time from the step: seconds are of other turns.
 
         Raises:
             SideFailed: it ended, or took too long.
         """
-        with PeakMemory(self._process.pid) as memory:
+        with PeakMemory(self._process.pid) if memory else contextlib.nullcontext() as watch:
             started = time.perf_counter()
             os.write(self._go, b"step\n")
             report = self._read(STEP_LIMIT_S)
             seconds = time.perf_counter() - started
-        return Turn(seconds, memory.peak, report)
+        return Turn(seconds, watch.peak if watch else 0, report)
 
     def close(self) -> None:
         """End the side: it has a session of its own, and vLLM's server ends with its parent."""
