@@ -61,7 +61,10 @@ class StopSignals:
     def _listen(self) -> None:
         while True:
             info = signal.sigtimedwait(STOP_SIGNALS, _POLL_S)
-            number = info.si_signo if info is not None else self._received
+            # Where the process was stopped (SIGSTOP, a suspended SLURM job) past the end of that time,
+            # CPython returns a siginfo that nobody has filled.
+            was_sent = info is not None and info.si_signo in STOP_SIGNALS
+            number = info.si_signo if was_sent else self._received
             if not number and self._is_orphan():
                 number = _ORPHANED
             if number:

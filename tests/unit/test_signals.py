@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from siren_megatron.signals import describe
+from siren_megatron.signals import StopSignals, describe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -125,6 +126,25 @@ def test_a_signal_is_heard_though_a_library_unblocked_it(tmp_path, signum):
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert out == f"rank 0 heard {signum.name}\n"
+
+
+def test_a_process_that_was_suspended_for_a_while_is_not_told_to_stop(monkeypatch):
+    heard, again = [], threading.Event()
+    # What CPython 3.11 returns where SIGSTOP outlasts the time limit: a siginfo that nobody has filled.
+    answers = [signal.struct_siginfo((1289686832, 0, 0, 0, 0, 0, 0)), None]
+
+    def sigtimedwait(signums, seconds):
+        if answers:
+            return answers.pop(0)
+        again.set()
+        threading.Event().wait()
+
+    monkeypatch.setattr(signal, "sigtimedwait", sigtimedwait)
+    signals = StopSignals.__new__(StopSignals)  # without the signal handlers of this process
+    signals._received, signals._peer_failed, signals._parent = 0, lambda: False, os.getppid()
+    monkeypatch.setattr(signals, "_hear", heard.append)
+    threading.Thread(target=signals._listen, daemon=True).start()
+    assert again.wait(60) and heard == []
 
 
 LAUNCH = ["-m", "siren_megatron.launch", "--standalone", "--nproc-per-node", "2"]
