@@ -14,7 +14,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from training import Work, sides
+from training import Work, sides, step_seconds
 
 from siren_megatron.charts import Chart, Series, figure
 
@@ -78,7 +78,7 @@ def main() -> None:
                 side.turn()
                 turns = [side.turn() for _ in range(args.rounds)]
                 peaks.append(side.turn(memory=True).peak_bytes / 2**30)
-            seconds.append(statistics.median(sum(turn.report.values()) for turn in turns))
+            seconds.append(statistics.median(map(step_seconds, turns)))
         law = expected(sweep, list(works), seconds, args.cores)
         print(f"\n| {sweep} | GFLOP | s | expected s | measured / expected | peak GiB |")
         print("|---|---|---|---|---|---|")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from training import Work, sides
+from training import Work, sides, step_seconds
 
 BASE = Work("base", hidden=256, layers=4, vocab=32_000, responses=8, tokens=256)
 MICRO_BATCH = 4
@@ -45,7 +45,7 @@ def main() -> None:
                     side.turn()
                     turn = side.turn(memory=True)
                 peaks.append(turn.peak_bytes / 2**20)
-                seconds.append(sum(turn.report.values()))
+                seconds.append(step_seconds(turn))
             rows = work.options["micro_batch_size"] * work.tokens
             logits = rows * work.vocab * 4 / 2**20
             layer = work.hidden**2 * 12  # queries, keys, values, output: 3 h^2; gate, up and down: 9 h^2

@@ -3,7 +3,8 @@
     python benchmarks/training.py WORK.json DIRECTORY    # siren_overhead.py, memory.py and growth.py do
 
 A turn is what a rollout step leaves to the trainer: the log-prob pass and one optimizer step. Its report has
-their seconds. No vLLM is started, and no rewards are computed.
+their seconds, the responses' mean entropy in nats, and how many rows of the update had a nucleus too large
+for the fast path. No vLLM is started, and no rewards are computed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from turns import Side, Turns  # noqa: E402
+from turns import Side, Turn, Turns  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Work:
         responses, tokens: of an optimizer step, and of each response; prompts have 16 more.
         ranks: processes.
         threads: of each process.
+        logit_std: standard deviation of the logits. At 6 a response token's entropy is a nat or two and its
+            nucleus some tokens, as of a language model; at 1 a nucleus is most of the vocabulary.
         options: of pretrain_siren.py, by field name.
     """
 
@@ -45,6 +48,7 @@ class Work:
     tokens: int = 128
     ranks: int = 1
     threads: int = 2
+    logit_std: float = 6.0
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -80,6 +84,11 @@ def sides(works: list[Work]) -> Iterator[list[Side]]:
         yield started
 
 
+def step_seconds(turn: Turn) -> float:
+    """Of the log-prob pass and the update."""
+    return turn.report["logprob"] + turn.report["train"]
+
+
 def run(work: Work, directory: Path) -> None:
     """The side itself."""
     import torch
@@ -99,7 +108,8 @@ def run(work: Work, directory: Path) -> None:
     if rank == 0:
         make_random_checkpoint(
             checkpoint,
-            std=0.05,
+            # The head's inputs, normalised, have a length of sqrt(hidden); embeddings are the head's weights.
+            std=work.logit_std / work.hidden**0.5,
             vocab_size=work.vocab,
             hidden_size=work.hidden,
             intermediate_size=3 * work.hidden,
@@ -140,8 +150,13 @@ def run(work: Work, directory: Path) -> None:
         started = time.perf_counter()
         measured = trainer.compute_logprobs(batch)
         passed = time.perf_counter()
-        trainer.update(measured, 1.0)
-        report = {"logprob": passed - started, "train": time.perf_counter() - passed}
+        metrics = trainer.update(measured, 1.0)
+        report = {
+            "logprob": passed - started,
+            "train": time.perf_counter() - passed,
+            "entropy": float(measured.entropy[measured.loss_mask].mean()),
+            "fallback_rows": metrics["top_p_fallback_rows"],
+        }
 
 
 if __name__ == "__main__":
