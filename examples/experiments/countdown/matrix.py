@@ -83,6 +83,7 @@ TRAINING = (
     *("--rollout-batch-size", "32", "--rollout-num-samples", "8"),
     *("--rollout-max-response-length", str(MAX_RESPONSE_TOKENS), "--rollout-max-in-flight", "32"),
     *("--seq-length", "64", "--global-batch-size", "64", "--micro-batch-size", "64", "--lr", "1e-4"),
+    *("--record-prompts", "0"),
     # Several runs share few cores: slow is not broken.
     *("--rollout-health-timeout", "600", "--rollout-request-timeout", "3600", "--reward-time-limit", "600"),
 )

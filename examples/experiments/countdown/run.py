@@ -76,6 +76,8 @@ class Runner:
         train = directory / "train"
         if not (train / "hf" / "config.json").exists():
             self._call(self._training(cell, train), directory / "train.log")
+        if not (train / "hf" / "config.json").exists():
+            raise RuntimeError(f"stopped before its end, see {directory / 'train.log'}")
         rows = read_metrics(train / "metrics.jsonl")
         if lost := sum(row["reward_timeouts"] + row["reward_errors"] for row in rows):
             raise RuntimeError(f"{lost} rewards were lost, see {directory / 'train.log'}")
@@ -91,10 +93,9 @@ class Runner:
         setting, data = self.setting, self.checkpoint / "prompts"
         curve = data / f"curve-{setting.curve_prompts}.jsonl"
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
-            *(str(REPOSITORY / "pretrain_siren.py"), "--hf-checkpoint", str(self.checkpoint)),
+            *(sys.executable, str(REPOSITORY / "pretrain_siren.py"), "--hf-checkpoint", str(self.checkpoint)),
             *("--prompt-data", str(data / "train.jsonl"), "--reward", self.task, "--seed", str(cell.seed)),
-            *("--num-steps", str(setting.steps), "--save", str(train), "--save-interval", "20"),
+            *("--num-steps", str(setting.steps), "--save", str(train), "--save-interval", "40"),
             *("--save-total-limit", "1", *TRAINING, *cell.options),
             *("--eval-data", str(curve), "--eval-interval", str(setting.curve_interval)),
             *("--eval-num-samples", str(setting.curve_samples), "--eval-temperature", "1"),
