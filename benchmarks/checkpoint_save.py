@@ -43,7 +43,8 @@ def main() -> None:
     from siren_megatron.batch import make_batch
     from siren_megatron.checkpointing import checkpoint
     from siren_megatron.config import read_hf_config
-    from siren_megatron.trainer import Trainer, initialize_model_parallel
+    from siren_megatron.policy import initialize_model_parallel
+    from siren_megatron.trainer import Trainer
     from tests.checkpoints import make_random_checkpoint
     from tests.distributed.layouts import config_of, fixed_samples
 

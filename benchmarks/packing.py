@@ -59,7 +59,8 @@ def main() -> None:
 
     from siren_megatron.batch import Sample, make_batch
     from siren_megatron.config import Config, read_hf_config
-    from siren_megatron.trainer import Trainer, initialize_model_parallel
+    from siren_megatron.policy import initialize_model_parallel
+    from siren_megatron.trainer import Trainer
     from tests.checkpoints import make_random_checkpoint
 
     lengths = draw_lengths(args.lengths, args.responses, args.seed)

@@ -61,6 +61,8 @@ def make_model(directory: Path, config: dict[str, int]) -> int:
             bos_token_id=None,
         )
     )
+    # Logits of a standard deviation of 6: a token's entropy is a nat or two, as of a language model.
+    torch.nn.init.normal_(model.lm_head.weight, std=6 / config["hidden_size"] ** 0.5)
     model.save_pretrained(directory)
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(last + 1)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

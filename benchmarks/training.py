@@ -100,7 +100,8 @@ def run(work: Work, directory: Path) -> None:
     platform.init_process_group(device, 600)
     from siren_megatron.batch import Sample, make_batch
     from siren_megatron.config import Config, read_hf_config
-    from siren_megatron.trainer import Trainer, initialize_model_parallel
+    from siren_megatron.policy import initialize_model_parallel
+    from siren_megatron.trainer import Trainer
     from tests.checkpoints import make_random_checkpoint
 
     rank = torch.distributed.get_rank()

@@ -31,6 +31,7 @@ from siren_megatron.implementations import find_implementations
 from siren_megatron.metrics import MetricsLogger, StageTimer
 from siren_megatron.nonfinite import NonFiniteError
 from siren_megatron.platform import Platform, init_process_group
+from siren_megatron.policy import initialize_model_parallel
 from siren_megatron.profiling import StepProfiler
 from siren_megatron.rewards.pool import RewardPool, RewardPoolError
 from siren_megatron.rollout.client import RolloutError
@@ -42,7 +43,7 @@ from siren_megatron.rollout.service import RolloutService
 from siren_megatron.rollout.weight_sync import WeightSyncError
 from siren_megatron.signals import StopSignals, describe
 from siren_megatron.token_record import TokenRecorder
-from siren_megatron.trainer import Trainer, initialize_model_parallel
+from siren_megatron.trainer import Trainer
 
 _ONE_LINE = (RolloutError, WeightSyncError, NonFiniteError, RewardPoolError, SaveError)
 

@@ -128,7 +128,8 @@ def weights_of_trainer(rank: int, world_size: int, checkpoint: Path, megatron: P
     """For `run_ranks`: rank 0's weights of a TP=2 run that starts from a Megatron checkpoint."""
     from siren_megatron import platform
     from siren_megatron.config import read_hf_config
-    from siren_megatron.trainer import Trainer, initialize_model_parallel
+    from siren_megatron.policy import initialize_model_parallel
+    from siren_megatron.trainer import Trainer
     from tests.distributed.layouts import config_of
 
     device = platform.install()

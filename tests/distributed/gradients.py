@@ -34,7 +34,8 @@ def update(rank: int, world_size: int, jobs: list[tuple[Path, Layout]]) -> list[
 
     device = platform.install()
     from siren_megatron.implementations import find_implementations
-    from siren_megatron.trainer import Trainer, initialize_model_parallel
+    from siren_megatron.policy import initialize_model_parallel
+    from siren_megatron.trainer import Trainer
 
     results = []
     for checkpoint, layout in jobs:

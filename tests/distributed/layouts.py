@@ -71,7 +71,8 @@ def train(
 
     from siren_megatron import platform
     from siren_megatron.advantages import group_advantages
-    from siren_megatron.trainer import Trainer, initialize_model_parallel
+    from siren_megatron.policy import initialize_model_parallel
+    from siren_megatron.trainer import Trainer
 
     device = platform.install()
     config = config_of(checkpoint, **layout.options)

@@ -23,7 +23,8 @@ def held_bytes(rank: int, world_size: int, checkpoint: Path, layouts: list[Layou
     from megatron.core import parallel_state
 
     from siren_megatron import platform
-    from siren_megatron.trainer import Trainer, initialize_model_parallel
+    from siren_megatron.policy import initialize_model_parallel
+    from siren_megatron.trainer import Trainer
 
     device = platform.install()
     found = []

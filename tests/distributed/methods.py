@@ -136,7 +136,7 @@ def train_cases(rank: int, world_size: int, checkpoint: Path, layouts: list[Layo
     platform.install()
     from megatron.core import parallel_state
 
-    from siren_megatron.trainer import initialize_model_parallel
+    from siren_megatron.policy import initialize_model_parallel
 
     results = {}
     for layout in layouts:

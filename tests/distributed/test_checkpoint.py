@@ -24,7 +24,8 @@ def build(checkpoint, options):
     from siren_megatron.advantages import group_advantages
     from siren_megatron.batch import make_batch
     from siren_megatron.config import read_hf_config
-    from siren_megatron.trainer import Trainer, initialize_model_parallel
+    from siren_megatron.policy import initialize_model_parallel
+    from siren_megatron.trainer import Trainer
 
     config = config_of(checkpoint, **options)
     initialize_model_parallel(config)

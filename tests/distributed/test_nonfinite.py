@@ -40,7 +40,8 @@ def build(checkpoint, save, options):
     from siren_megatron.advantages import group_advantages
     from siren_megatron.batch import make_batch
     from siren_megatron.config import read_hf_config
-    from siren_megatron.trainer import Trainer, initialize_model_parallel
+    from siren_megatron.policy import initialize_model_parallel
+    from siren_megatron.trainer import Trainer
 
     config = config_of(checkpoint, **{"save": save, "micro_batch_size": 2, **STEPS, **options})
     initialize_model_parallel(config)

@@ -42,7 +42,8 @@ def record_layouts(rank, world_size, checkpoint, directory):
     from siren_megatron.advantages import group_advantages
     from siren_megatron.batch import make_batch
     from siren_megatron.config import read_hf_config
-    from siren_megatron.trainer import Trainer, initialize_model_parallel
+    from siren_megatron.policy import initialize_model_parallel
+    from siren_megatron.trainer import Trainer
 
     token_record.MAX_RESPONSES = 3
     for index, layout in enumerate(LAYOUTS):

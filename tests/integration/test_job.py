@@ -134,7 +134,8 @@ def megatron_greedy(rank, world_size, save, checkpoint, prompts, max_tokens):
     device = platform.install()
     from siren_megatron.checkpointing.checkpoint import load_checkpoint
     from siren_megatron.config import Config, read_hf_config
-    from siren_megatron.trainer import Trainer, initialize_model_parallel
+    from siren_megatron.policy import initialize_model_parallel
+    from siren_megatron.trainer import Trainer
 
     config = Config.of(
         hf_checkpoint=checkpoint,

@@ -40,7 +40,8 @@ def peak_bytes(rank: int, world_size: int, checkpoint: Path, layout: Layout) -> 
     from siren_megatron import platform
 
     device = platform.install()
-    from siren_megatron.trainer import Trainer, initialize_model_parallel
+    from siren_megatron.policy import initialize_model_parallel
+    from siren_megatron.trainer import Trainer
 
     config = config_of(
         checkpoint, global_batch_size=ROWS, rollout_max_response_length=RESPONSE, **layout.options
