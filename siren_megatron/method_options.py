@@ -110,9 +110,9 @@ class EntropyOptions:
         0.8, "mass of the top-p mask over the vocabulary; 1 = all", above=0, maximum=1
     )
     entropy_chunk_mb: int = option(
-        64,
-        "temporary memory of the vocabulary operation, in MiB; rows are taken in chunks that fit",
-        minimum=1,
+        0,
+        "MiB of the chunks of rows that the vocabulary operation works in; 0 = 64, or 256 rows if that is more",
+        minimum=0,
     )
     entropy_top_p_boundary: str = option(
         "inclusive",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from siren_megatron.architecture import Architecture
 from siren_megatron.config import Config
-from siren_megatron.planning.memory_model import fuses_linear, state_bytes
+from siren_megatron.planning.memory_model import chunk_bytes, fuses_linear, state_bytes
 from siren_megatron.vocab_parallel import TokenStats, TopPCounters, linear_token_stats
 from siren_megatron.vocab_parallel.top_tokens import vocab_parallel_top_tokens
 from siren_megatron.vocab_parallel.top_two import vocab_parallel_top_two_gap
@@ -103,7 +103,7 @@ class OutputHead:
             vocab_size=self._vocab_size,
             tp_group=self._tp_group,
             temperature=self._config.rollout.rollout_temperature,
-            chunk_mb=entropy.entropy_chunk_mb,
+            chunk_mb=chunk_bytes(entropy.entropy_chunk_mb, self._row_bytes(hidden)) / 2**20,
             path="fused" if self._fuses(hidden) else "logits",
             # Under sequence parallelism the gather before the head sums the gradients.
             reduce_hidden_grad=not self._config.parallel.sequence_parallel,
@@ -114,8 +114,12 @@ class OutputHead:
         """Whether logits are computed by chunks, and again in the backward pass."""
         if not hidden.requires_grad:
             return True  # without a backward pass nothing is computed twice
-        logits = hidden.size(0) * self.weight.size(0) * hidden.element_size()
+        logits = hidden.size(0) * self._row_bytes(hidden)
         return fuses_linear(self._config.train.fused_linear, logits, self._state_bytes)
+
+    def _row_bytes(self, hidden: Tensor) -> int:
+        """Of the logits of one token on this rank."""
+        return self.weight.size(0) * hidden.element_size()
 
     def top_two_gap(self, hidden: Tensor) -> Tensor:
         """Log-prob gap [n] of the two likeliest tokens, in nats; without gradient."""

@@ -24,7 +24,9 @@ GRADIENT_BYTES = 4
 FUSED_LINEAR_SHARE = 0.25
 """Logits over this share of a rank's states are not kept (`--fused-linear auto`)."""
 CHUNK_MB = 64
-"""`--entropy-chunk-mb`'s default."""
+CHUNK_ROWS = 256
+"""`--entropy-chunk-mb 0`: a chunk of logits has 64 MiB, or so many rows where these are more. A product of
+fewer rows with the head spends its time on reading the head's weight and its gradient."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,16 @@ def fuses_linear(option: str, logits: float, states: float) -> bool:
     return option == "on" or (option == "auto" and logits > FUSED_LINEAR_SHARE * states)
 
 
+def chunk_bytes(chunk_mb: int, row_bytes: int) -> int:
+    """Bytes of a chunk of logits.
+
+    Args:
+        chunk_mb: `--entropy-chunk-mb`.
+        row_bytes: of the logits of one token on this rank.
+    """
+    return chunk_mb * 2**20 or max(CHUNK_MB * 2**20, CHUNK_ROWS * row_bytes)
+
+
 def logit_bytes(
     architecture: Architecture,
     parallel: ParallelOptions,
@@ -209,7 +221,7 @@ def logit_bytes(
     bf16: bool,
     states: float,
     fused_linear: str = "auto",
-    chunk_mb: float = CHUNK_MB,
+    chunk_mb: int = 0,
 ) -> float:
     """Bytes at the vocabulary's peak on a last-stage rank: the logits and a chunk, or a chunk alone.
 
@@ -221,8 +233,9 @@ def logit_bytes(
     """
     columns = architecture.padded_vocab(parallel.tensor_model_parallel_size)
     columns //= parallel.tensor_model_parallel_size
-    whole = (2 if bf16 else 4) * tokens / parallel.context_parallel_size * columns
-    chunk = min(whole, chunk_mb * 2**20)
+    row = (2 if bf16 else 4) * columns
+    whole = tokens / parallel.context_parallel_size * row
+    chunk = min(whole, chunk_bytes(chunk_mb, row))
     return chunk if fuses_linear(fused_linear, whole, states) else whole + chunk
 
 
