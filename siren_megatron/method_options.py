@@ -111,7 +111,7 @@ class EntropyOptions:
     )
     entropy_chunk_mb: int = option(
         0,
-        "MiB of the chunks of rows that the vocabulary operation works in; 0 = 64, or 256 rows if that is more",
+        "MiB of the chunks that the vocabulary operation works in; 0 = 64, or 256 rows if these are more",
         minimum=0,
     )
     entropy_top_p_boundary: str = option(
