@@ -11,8 +11,8 @@ generation, vLLM alone on the same requests, and the training's matrix products 
 rounds; memory is the sum of the proportional set sizes of a side's processes, the largest sample of a round
 of its own, as sampling takes time.
 
-Exit code 0 where the goals hold: at least 3 times TRL's steps in a second and no more memory, at every
-length, every stage within twice its bound, SIREN at most 3% over GRPO.
+Exit code 0 where all goals were measured and hold: at least 3 times TRL's steps in a second and no more
+memory, at every length, every stage within twice its bound, SIREN at most 3% over GRPO.
 """
 
 from __future__ import annotations
@@ -219,11 +219,15 @@ def main() -> int:
         or (name == "siren" and value > SIREN_GOAL)
         or (name.startswith("over_") and value > BOUND_GOAL)
     ]
-    print("\nall goals hold" if not missed else "\nmissed: " + "; ".join(missed))
+    unmeasured = [name for name in ("trl", "grpo", "vllm", "floor") if name not in args.sides]
+    if missed:
+        print("\nmissed: " + "; ".join(missed))
+    else:
+        print("\nnot measured without " + ", ".join(unmeasured) if unmeasured else "\nall goals hold")
     least = min(numbers.get("ratio", float("nan")) for numbers in results.values())
     siren = max(numbers.get("siren", float("nan")) for numbers in results.values())
     print(f"step_ratio_to_trl={least:.2f} siren_overhead_percent={siren:.1f}")
-    return 1 if missed else 0
+    return 1 if missed or unmeasured else 0
 
 
 if __name__ == "__main__":
