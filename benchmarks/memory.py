@@ -43,9 +43,8 @@ def main() -> None:
                 work = cell(name, value, fused)
                 with sides([work]) as (side,):
                     side.turn()
-                    turn = side.turn(memory=True)
-                peaks.append(turn.peak_bytes / 2**20)
-                seconds.append(step_seconds(turn))
+                    seconds.append(step_seconds(side.turn()))
+                    peaks.append(side.turn(memory=True).peak_bytes / 2**20)
             rows = work.options["micro_batch_size"] * work.tokens
             logits = rows * work.vocab * 4 / 2**20
             layer = work.hidden**2 * 12  # queries, keys, values, output: 3 h^2; gate, up and down: 9 h^2

@@ -142,7 +142,6 @@ class Policy:
         Args:
             batch: all responses of the rollout, the same on every rank.
         """
-
         uses_gap = ENTROPY_METHODS[self.config.entropy.entropy_method].uses_gap
 
         def collect(micro: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> list[Tensor]:

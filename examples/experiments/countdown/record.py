@@ -48,9 +48,8 @@ def write_record(path: Path, *, graded: Path, metrics: Path, about: dict[str, An
     curves: dict[str, list[list[float]]] = {}
     for row in read_metrics(metrics):
         for name, value in row.items():
-            evaluated = (
-                name.startswith("eval/") and "-last/" not in name
-            )  # that is `graded`, prompt by prompt
+            # The last evaluation is `graded`, prompt by prompt.
+            evaluated = name.startswith("eval/") and "-last/" not in name
             if (name in CURVES or evaluated) and isinstance(value, int | float):
                 curves.setdefault(name, []).append([row["step"], float(f"{value:.5g}")])
     record = {
