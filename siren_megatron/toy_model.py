@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -230,6 +231,29 @@ def warm_up(
 
 
 @torch.no_grad()
+def sample(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    task: ModuleType,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+) -> Tensor:
+    """A response to each prompt at temperature 1, as token ids [B, R]; none is cut at an end of sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    model.eval()
+    responses = []
+    for tokens in torch.tensor(tokenizer(prompts)["input_ids"]).split(2048):  # [B, P]
+        sampled, cache = [], None
+        for _ in range(task.RESPONSE_WORDS + 1):
+            outputs = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = outputs.past_key_values
+            tokens = torch.multinomial(outputs.logits[:, -1].softmax(-1), 1, generator=generator)
+            sampled.append(tokens)
+        responses.append(torch.cat(sampled, dim=1))
+    return torch.cat(responses)
+
+
 def evaluate(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -241,17 +265,7 @@ def evaluate(
 ) -> dict[str, float]:
     """avg@k and pass@k of ``num_samples`` responses per instance at temperature 1."""
     prompts = [task.render_prompt(instance) for instance in instances for _ in range(num_samples)]
-    generator = torch.Generator().manual_seed(seed)
-    model.eval()
-    responses: list[list[int]] = []
-    for tokens in torch.tensor(tokenizer(prompts)["input_ids"]).split(2048):  # [B, P]
-        sampled, cache = [], None
-        for _ in range(task.RESPONSE_WORDS + 1):
-            outputs = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = outputs.past_key_values
-            tokens = torch.multinomial(outputs.logits[:, -1].softmax(-1), 1, generator=generator)
-            sampled.append(tokens)
-        responses += torch.cat(sampled, dim=1).tolist()
+    responses = sample(model, tokenizer, task, prompts, seed=seed).tolist()
     right = torch.tensor(
         [
             response[-1] == tokenizer.eos_token_id

@@ -1,4 +1,4 @@
-"""The Countdown experiment's records, its paired differences, and that its options are options."""
+"""The Countdown experiment: records, paired differences, what is a decision, options that are options."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from siren_megatron.config import parse_args
+from siren_megatron.rewards import countdown, rewrite
 from tests.checkpoints import write_prompts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,15 +32,16 @@ ARCHITECTURE = {
 def experiment(monkeypatch):
     """The experiment's modules, which import each other by their bare names."""
     monkeypatch.syspath_prepend(str(EXPERIMENT))
-    names = ("matrix", "bootstrap", "record", "figures", "analyse", "run")
+    names = ("matrix", "bootstrap", "record", "figures", "analyse", "decisions", "run")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     import analyse
+    import decisions
     import matrix
     import record
     import run
 
-    yield {"analyse": analyse, "matrix": matrix, "record": record, "run": run}
+    yield {"analyse": analyse, "decisions": decisions, "matrix": matrix, "record": record, "run": run}
     for name in names:
         sys.modules.pop(name, None)
 
@@ -100,6 +103,50 @@ def test_differences_are_paired_by_seed_and_prompt(experiment, tmp_path):
     assert experiment["analyse"].analyse(tmp_path / "nothing") == []
 
 
+@pytest.mark.parametrize("task", [countdown, rewrite])
+def test_legal_words_are_those_of_the_well_formed_responses(experiment, task):
+    legal_words = experiment["decisions"].legal_words
+    for instance in task.enumerate_instances()[::300]:
+        legal = legal_words(task, instance)
+        for response in task.solve(instance):
+            words = [*(f" {word}" for word in response.split()), countdown.END_OF_TEXT]
+            assert all(word in legal[tuple(words[:n])] for n, word in enumerate(words))
+            assert tuple(words) not in legal
+    if task is countdown:
+        legal = legal_words(task, countdown.parse_instance("Make 36 from 2 5 12:"))
+        assert legal[()] == {" 2", " 5", " 12"} and legal[(" 2", " +")] == {" 5", " 12"}
+        assert legal[(" 2", " +", " 5", " =")] == {" 7"}
+        assert legal[(" 2", " +", " 5", " =", " 7")] == {" 7", " 12"}
+    else:
+        legal = legal_words(task, rewrite.parse_instance("Turn a c b d into d b c a:"))
+        assert legal[()] == {" swap", " cross", " rotate", " mirror"}
+        assert legal[(" mirror", " d")] == {" b"}
+
+
+def test_masks_are_counted_against_decisions(experiment):
+    """Two responses of 5 tokens over a vocabulary of 8, whose answers can be worked out by hand."""
+    legal = torch.zeros(2, 5, 8, dtype=torch.bool)
+    legal[:, :, 0] = True  # token 0 is always legal,
+    legal[0, 1, 1] = legal[1, 2, 1] = True  # 1 at one position of each response: a decision,
+    legal[1, 3:] = False  # and the second response's third token was illegal.
+    probs = torch.full((2, 5, 8), 1e-9, dtype=torch.float64)
+    probs[:, :, 0] = 0.9
+    probs[:, :, 7] = 0.1  # never legal, and outside the nucleus
+    probs[0, 1, :2] = torch.tensor([0.5, 0.4])
+    probs[1, 2, :2] = torch.tensor([0.5, 0.4])
+    measured = experiment["decisions"].measure(probs.log(), legal)
+    assert measured["selected"] == 2 / 8 and measured["chance"] == 2 / 8
+    assert measured["precision"] == measured["recall"] == 1
+    forced = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))
+    decision = -(0.5 * np.log(0.5) + 0.4 * np.log(0.4) + 0.1 * np.log(0.1))
+    assert measured["entropy_forced"] == pytest.approx(forced, abs=1e-6)
+    assert measured["entropy_decision"] == pytest.approx(decision, abs=1e-6)
+    assert measured["nucleus"] == 10 / 8 and measured["nucleus_legal"] == 1
+    illegal = -0.1 * np.log(0.1) * 8
+    assert measured["illegal_entropy"] == pytest.approx(illegal / (6 * forced + 2 * decision), abs=1e-6)
+    assert measured["illegal_entropy_nucleus"] == 0
+
+
 def test_every_run_of_every_setting_is_accepted(experiment, tmp_path, monkeypatch):
     """Unknown options and contradictions, as the program would refuse them."""
     matrix, run = experiment["matrix"], experiment["run"]
@@ -120,4 +167,10 @@ def test_every_run_of_every_setting_is_accepted(experiment, tmp_path, monkeypatc
             script = command.index(str(REPOSITORY / "pretrain_siren.py"))
             config = parse_args([*command[script + 1 :], "--check"])
             assert config.train.seed == cell.seed and config.train.num_steps == setting.steps
-    assert len(run.cells(matrix.SETTINGS["full"], None)) == 16 * 5 + 8 * 2
+    for method in matrix.METHODS | matrix.GRID:
+        if method in matrix.SENSITIVITY.values():
+            command = runner._training(run.Cell(method, (matrix.METHODS | matrix.GRID)[method], 1), tmp_path)
+            entropy = parse_args([*command[script + 1 :], "--check"]).entropy
+            assert entropy.entropy_coeff == 0.1 and entropy.entropy_method == "siren"
+            assert matrix.SENSITIVITY[entropy.entropy_top_p, entropy.siren_peak_quantile] == method
+    assert len(run.cells(matrix.SETTINGS["full"], None)) == 16 * 5 + 7 * 2

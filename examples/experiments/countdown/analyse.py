@@ -22,7 +22,7 @@ sys.path[:0] = [str(HERE.parents[2]), str(HERE)]
 
 from bootstrap import Interval, bootstrap  # noqa: E402
 from figures import curves, pass_at_k, sensitivity  # noqa: E402
-from matrix import BASELINE, GRID, METHODS, QUANTILE_GRID, TOP_P_GRID  # noqa: E402
+from matrix import BASELINE, GRID, METHODS, SENSITIVITY  # noqa: E402
 from record import MAJORITY_K, path_of, per_prompt  # noqa: E402
 
 from siren_megatron.evaluation.results import write_text  # noqa: E402
@@ -145,19 +145,14 @@ def _grid(results: Results) -> list[str]:
     """SIREN over the two masks' options, as differences to the baseline."""
     lines = []
     names = _metrics(results)
-    for top_p in TOP_P_GRID:
-        for quantile in QUANTILE_GRID:
-            centre = (top_p, quantile) == (0.8, 0.8)
-            method = "siren-0.1" if centre else f"grid-p{top_p:g}-q{quantile:g}"
-            if method not in results.seeds or results.difference(method, BASELINE, "avg") is None:
-                continue
-            cells = [_show_difference(results.difference(method, BASELINE, name)) for name in names]
-            masked = f"{results.last(method, 'entropy'):.3f}"
-            lines.append(
-                _row([f"{top_p:g}", f"{quantile:g}", str(len(results.seeds[method])), *cells, masked])
-            )
-    if len(lines) < 2:
-        return []  # the grid was not run
+    for (top_p, quantile), method in SENSITIVITY.items():
+        if method not in results.seeds or results.difference(method, BASELINE, "avg") is None:
+            continue
+        cells = [_show_difference(results.difference(method, BASELINE, name)) for name in names]
+        entropy = f"{results.last(method, 'entropy'):.3f}"
+        lines.append(_row([f"{top_p:g}", f"{quantile:g}", str(len(results.seeds[method])), *cells, entropy]))
+    if not any(method in results.seeds for method in GRID):
+        return []
     head = ["top-p", "quantile", "seeds", *names, "entropy"]
     title = f"## Sensitivity of SIREN (coefficient 0.1): difference to {BASELINE}"
     return ["", title, "", _row(head), _rule(head), *lines]

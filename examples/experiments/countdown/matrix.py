@@ -27,18 +27,21 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 """Name -> options of pretrain_siren.py. Steps are of few tokens here: the cov fraction is ten times 2e-4."""
 
-TOP_P_GRID = (0.5, 0.8, 0.95)
-QUANTILE_GRID = (0.0, 0.5, 0.8)
+SENSITIVITY: dict[tuple[float, float], str] = {
+    (top_p, quantile): f"grid-p{top_p:g}-q{quantile:g}"
+    for top_p in (0.5, 0.8, 0.95)
+    for quantile in (0.0, 0.5, 0.8)
+} | {(0.8, 0.8): "siren-0.1", (0.8, 0.0): "siren-no-peak"}
+"""Mass of the top-p mask, quantile of the peak mask -> the method with these, at SIREN's coefficient 0.1."""
+
 GRID: dict[str, tuple[str, ...]] = {
-    f"grid-p{top_p:g}-q{quantile:g}": (
+    name: (
         *("--entropy-method", "siren", "--entropy-coeff", "0.1"),
         *("--entropy-top-p", f"{top_p:g}", "--siren-peak-quantile", f"{quantile:g}"),
     )
-    for top_p in TOP_P_GRID
-    for quantile in QUANTILE_GRID
-    if (top_p, quantile) != (0.8, 0.8)  # that is siren-0.1
+    for (top_p, quantile), name in SENSITIVITY.items()
+    if name not in METHODS
 }
-"""SIREN's sensitivity to the mass of the top-p mask and the quantile of the peak mask."""
 
 BASELINE = "grpo"
 """What every other method is compared with."""
