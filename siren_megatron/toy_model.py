@@ -238,8 +238,9 @@ def sample(
     prompts: Sequence[str],
     *,
     seed: int,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """A response to each prompt at temperature 1, as token ids [B, R]; none is cut at an end of sequence."""
+    """A response to each prompt, as token ids [B, R]; none is cut at an end of sequence."""
     generator = torch.Generator().manual_seed(seed)
     model.eval()
     responses = []
@@ -248,7 +249,8 @@ def sample(
         for _ in range(task.RESPONSE_WORDS + 1):
             outputs = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = outputs.past_key_values
-            tokens = torch.multinomial(outputs.logits[:, -1].softmax(-1), 1, generator=generator)
+            probs = (outputs.logits[:, -1] / temperature).softmax(-1)
+            tokens = torch.multinomial(probs, 1, generator=generator)
             sampled.append(tokens)
         responses.append(torch.cat(sampled, dim=1))
     return torch.cat(responses)

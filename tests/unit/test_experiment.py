@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from siren_megatron import toy_model
 from siren_megatron.config import parse_args
 from siren_megatron.rewards import countdown, rewrite
 from tests.checkpoints import write_prompts
@@ -32,7 +33,8 @@ ARCHITECTURE = {
 def experiment(monkeypatch):
     """The experiment's modules, which import each other by their bare names."""
     monkeypatch.syspath_prepend(str(EXPERIMENT))
-    names = ("matrix", "bootstrap", "record", "figures", "analyse", "decisions", "run")
+    names = ("matrix", "bootstrap", "record", "figures", "analyse", "policies", "decisions", "temperatures")
+    names = (*names, "run")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     import analyse
@@ -40,8 +42,16 @@ def experiment(monkeypatch):
     import matrix
     import record
     import run
+    import temperatures
 
-    yield {"analyse": analyse, "decisions": decisions, "matrix": matrix, "record": record, "run": run}
+    yield {
+        "analyse": analyse,
+        "decisions": decisions,
+        "matrix": matrix,
+        "record": record,
+        "run": run,
+        "temperatures": temperatures,
+    }
     for name in names:
         sys.modules.pop(name, None)
 
@@ -145,6 +155,71 @@ def test_masks_are_counted_against_decisions(experiment):
     illegal = -0.1 * np.log(0.1) * 8
     assert measured["illegal_entropy"] == pytest.approx(illegal / (6 * forced + 2 * decision), abs=1e-6)
     assert measured["illegal_entropy_nucleus"] == 0
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Untrained policies where run.py leaves trained ones, and three held-out prompts: options for main()."""
+    tokenizer = toy_model.task_tokenizer(countdown, 512)
+    sizes = {"vocab_size": 512, "hidden_size": 32, "num_layers": 1, "max_position_embeddings": 32}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    model = toy_model.new_model(tokenizer, **sizes, **heads, seed=1)
+    start = tmp_path / "start"
+    for directory in (start, *(tmp_path / f"runs/{m}/seed1/train/hf" for m in ("grpo", "siren-0.1"))):
+        toy_model.save_checkpoint(model, tokenizer, directory)
+    (start / "prompts").mkdir()
+    problems = ["Make 36 from 2 5 12:", "Make 7 from 1 2 4:", "Make 9 from 2 3 4:"]
+    write_prompts(start / "prompts" / "eval-128.jsonl", [{"problem": p, "answer": p} for p in problems])
+    return ["--output", str(tmp_path), "--checkpoint", str(start)]
+
+
+def test_policies_are_sampled_at_temperatures(experiment, trained, tmp_path, monkeypatch):
+    """The hotter the fewer right responses: 4, 3, 2, 1, 0 of 4; of them two different ones."""
+    temperatures = experiment["temperatures"]
+
+    def sample(model, tokenizer, task, prompts, *, seed, temperature):
+        right = 4 - temperatures.TEMPERATURES.index(temperature)
+        texts = []
+        for n, prompt in enumerate(prompts):
+            solutions = task.solve(task.parse_instance(prompt))
+            response = f" {solutions[n % 2]}<|endoftext|>" if n % 4 < right else " 12" * 11
+            texts.append(tokenizer(response)["input_ids"])
+        return torch.tensor(texts)
+
+    monkeypatch.setattr(temperatures, "sample", sample)
+    assert temperatures.main([*trained, "--samples", "4"]) == 0
+    table = (tmp_path / "results" / "temperatures.md").read_text()
+    assert "| grpo | 0.6 | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | 2.000 " in table
+    assert "| grpo | 1.2 | 0.250 [0.250, 0.250] | 0.000 [0.000, 0.000] | 1.000 " in table
+    assert "| siren-0.1 | 1 | 1.00 | +0.000 [+0.000, +0.000] |" in table
+    assert (tmp_path / "results" / "temperatures.svg").read_text().startswith("<svg")
+
+
+def test_the_baseline_is_compared_at_equal_avg(experiment):
+    def values(avg, found):
+        return {"avg": np.array([[avg, avg + 0.1]]), "pass@2": np.array([[found, found]])}
+
+    at_equal_avg = experiment["temperatures"].at_equal_avg
+    baseline = {1.0: values(0.5, 0.6), 1.4: values(0.3, 1.0)}
+    temperature, equal = at_equal_avg(values(0.45, 0.9), baseline)
+    assert temperature == pytest.approx(1.1)
+    np.testing.assert_allclose(equal["pass@2"], [[0.7, 0.7]])
+    assert at_equal_avg(values(0.51, 0.9), baseline) is None
+
+
+def test_the_masks_of_policies_are_measured(experiment, trained, tmp_path, capsys):
+    """Of an untrained policy nearly all responses leave the legal ones at once."""
+    assert experiment["decisions"].main([*trained, "--samples", "2"]) == 0
+    rows = (tmp_path / "results" / "decisions.md").read_text().splitlines()
+    assert [row.split(" | ")[:2] for row in rows[2:5]] == [
+        ["| before training", ""],
+        ["| grpo", "1"],
+        ["| siren-0.1", "1"],
+    ]
+    assert {row.split(" | ", 2)[2] for row in rows[2:5]} == {rows[2].split(" | ", 2)[2]}, "the same policy"
+    with pytest.raises(SystemExit):
+        experiment["decisions"].main(["--output", str(tmp_path / "nowhere")])
+    assert "no policy of run.py under" in capsys.readouterr().err
 
 
 def test_every_run_of_every_setting_is_accepted(experiment, tmp_path, monkeypatch):

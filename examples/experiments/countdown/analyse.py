@@ -120,11 +120,11 @@ def _tables(results: Results) -> str:
     names = _metrics(results)
     methods = [method for method in results.seeds if method not in GRID]
     head = ["method", "seeds", *names, "entropy", "masked entropy"]
-    lines = ["## Estimates", "", _row(head), _rule(head)]
+    lines = ["## Estimates", "", row(head), rule(head)]
     for method in methods:
         entropies = [f"{results.last(method, name):.3f}" for name in ("entropy", "siren/entropy_masked")]
-        cells = [_show(bootstrap(results.values[method][name])) for name in names]
-        lines.append(_row([method, str(len(results.seeds[method])), *cells, *entropies]))
+        cells = [show(bootstrap(results.values[method][name])) for name in names]
+        lines.append(row([method, str(len(results.seeds[method])), *cells, *entropies]))
     lines += [
         "",
         "[low, high]: 95% bootstrap over prompts and seeds. Entropies in nats, mean of the last "
@@ -132,11 +132,11 @@ def _tables(results: Results) -> str:
     ]
     if BASELINE in methods:
         head = ["method", *names]
-        lines += ["", f"## Difference to {BASELINE}, paired by prompt and seed", "", _row(head), _rule(head)]
+        lines += ["", f"## Difference to {BASELINE}, paired by prompt and seed", "", row(head), rule(head)]
         for method in methods:
             differences = [results.difference(method, BASELINE, name) for name in names]
             if method != BASELINE and differences[0] is not None:
-                lines.append(_row([method, *(_show_difference(d) for d in differences)]))
+                lines.append(row([method, *(show_difference(d) for d in differences)]))
         lines += ["", "Bold: the interval does not hold 0."]
     return "\n".join([*lines, *_grid(results)]) + "\n"
 
@@ -148,32 +148,32 @@ def _grid(results: Results) -> list[str]:
     for (top_p, quantile), method in SENSITIVITY.items():
         if method not in results.seeds or results.difference(method, BASELINE, "avg") is None:
             continue
-        cells = [_show_difference(results.difference(method, BASELINE, name)) for name in names]
+        cells = [show_difference(results.difference(method, BASELINE, name)) for name in names]
         entropy = f"{results.last(method, 'entropy'):.3f}"
-        lines.append(_row([f"{top_p:g}", f"{quantile:g}", str(len(results.seeds[method])), *cells, entropy]))
+        lines.append(row([f"{top_p:g}", f"{quantile:g}", str(len(results.seeds[method])), *cells, entropy]))
     if not any(method in results.seeds for method in GRID):
         return []
     head = ["top-p", "quantile", "seeds", *names, "entropy"]
     title = f"## Sensitivity of SIREN (coefficient 0.1): difference to {BASELINE}"
-    return ["", title, "", _row(head), _rule(head), *lines]
+    return ["", title, "", row(head), rule(head), *lines]
 
 
-def _row(cells: Sequence[str]) -> str:
+def row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _rule(head: Sequence[str]) -> str:
+def rule(head: Sequence[str]) -> str:
     return "|---" * len(head) + "|"
 
 
-def _show(interval: Interval, signed: bool = False) -> str:
+def show(interval: Interval, signed: bool = False) -> str:
     sign = "+" if signed else ""
     return f"{interval.estimate:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
 
 
-def _show_difference(values: np.ndarray) -> str:
+def show_difference(values: np.ndarray) -> str:
     interval = bootstrap(values)
-    shown = _show(interval, signed=True)
+    shown = show(interval, signed=True)
     return f"**{shown}**" if interval.low > 0 or interval.high < 0 else shown
 
 

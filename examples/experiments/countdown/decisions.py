@@ -13,8 +13,6 @@ Legend: B = responses, P = tokens of a prompt, R = tokens of a response, V = voc
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -27,16 +25,16 @@ from types import ModuleType
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[2]
-sys.path[:0] = [str(REPOSITORY), str(HERE)]
+sys.path[:0] = [str(HERE.parents[2]), str(HERE)]
 
-from matrix import SETTINGS, TASKS  # noqa: E402
+from analyse import row, rule  # noqa: E402
+from policies import load, parse_policies  # noqa: E402
 
 from siren_megatron.evaluation.results import write_text  # noqa: E402
-from siren_megatron.rewards import countdown, rewrite  # noqa: E402
+from siren_megatron.rewards import countdown  # noqa: E402
 from siren_megatron.siren import peak_entropy_mask  # noqa: E402
 from siren_megatron.toy_model import sample  # noqa: E402
 from siren_megatron.vocab_parallel import top_p_mask, vocab_parallel_token_stats  # noqa: E402
@@ -78,14 +76,14 @@ def legal_tokens(
 ) -> Tensor:
     """The legal tokens of each position [B, R, V], bool; none from a response's first illegal token on."""
     legal = torch.zeros(*responses.shape, len(tokenizer), dtype=torch.bool)
-    for row, (prompt, response) in enumerate(zip(prompts, responses.tolist(), strict=True)):
+    for b, (prompt, response) in enumerate(zip(prompts, responses.tolist(), strict=True)):
         tree = legal_words(task, task.parse_instance(prompt))
         words: tuple[str, ...] = ()
         for position, token in enumerate(response):
             choices = tree.get(words)
             if choices is None:
                 break
-            legal[row, position, tokenizer.convert_tokens_to_ids(sorted(choices))] = True
+            legal[b, position, tokenizer.convert_tokens_to_ids(sorted(choices))] = True
             words = (*words, tokenizer.convert_ids_to_tokens(token))
     return legal
 
@@ -136,11 +134,10 @@ def measure(logits: Tensor, legal: Tensor) -> dict[str, float]:
     }
 
 
-def measure_policy(directory: Path, task: ModuleType, prompts: Sequence[str], seed: int) -> dict[str, float]:
+def measure_policy(directory: Path, task: ModuleType, prompts: Sequence[str]) -> dict[str, float]:
     """Sample a response to each prompt from the policy in `directory` and measure its masks there."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-    model = Qwen2ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    responses = sample(model, tokenizer, task, prompts, seed=seed)
+    model, tokenizer = load(directory)
+    responses = sample(model, tokenizer, task, prompts, seed=0)
     tokens = torch.cat([torch.tensor(tokenizer(list(prompts))["input_ids"]), responses], dim=1)
     with torch.no_grad():
         logits = model(tokens).logits[:, -responses.shape[1] - 1 : -1]
@@ -151,10 +148,10 @@ def table(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """Markdown: method -> the measurements of its seeds, their means in a row."""
     chance = np.mean([m["chance"] for m in measured[START]])
     head = ["method", "seeds", *COLUMNS.values()]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = [row(head), rule(head)]
     for method, runs in measured.items():
         cells = [f"{np.mean([run[name] for run in runs]):.3f}" for name in COLUMNS]
-        lines.append("| " + " | ".join([method, "" if method == START else str(len(runs)), *cells]) + " |")
+        lines.append(row([method, "" if method == START else str(len(runs)), *cells]))
     lines += [
         "",
         f"Before training, {chance:.3f} of all positions are decisions. Entropies in nats, of the whole",
@@ -164,35 +161,13 @@ def table(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--setting", choices=SETTINGS, default="quick", help="default: %(default)s")
-    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="default: %(default)s")
-    parser.add_argument("--output", type=Path, help="of run.py; default: runs/experiments/TASK-SETTING")
-    parser.add_argument("--results", type=Path, help="default: OUTPUT/results")
-    parser.add_argument("--checkpoint", type=Path, help="default: runs/toy-TASK")
-    parser.add_argument(
-        "--samples", type=int, default=8, help="responses to each prompt; default: %(default)s"
-    )
-    args = parser.parse_args(argv)
-    setting, task = SETTINGS[args.setting], {"countdown": countdown, "rewrite": rewrite}[args.task]
-    output = args.output or REPOSITORY / "runs" / "experiments" / f"{args.task}-{args.setting}"
-    checkpoint = args.checkpoint or REPOSITORY / "runs" / f"toy-{args.task}"
-    held_out = checkpoint / "prompts" / f"eval-{setting.eval_prompts}.jsonl"
-    policies = {method: sorted(output.glob(f"runs/{method}/seed*/train/hf")) for method in setting.methods}
-    if args.samples < 1:
-        parser.error(f"--samples must be at least 1, got {args.samples}")
-    if not held_out.exists() or not any(policies.values()):
-        parser.error(f"no policy of run.py under {output}, or no prompts at {held_out}")
-    instances = [json.loads(line)["problem"] for line in held_out.read_text().splitlines()]
-    prompts = [prompt for prompt in instances for _ in range(args.samples)]
-    measured = {START: [measure_policy(checkpoint, task, prompts, 0)]}
-    for method, directories in policies.items():
-        for directory in directories:
-            measured.setdefault(method, []).append(measure_policy(directory, task, prompts, 0))
-            print(directory, flush=True)
-    print(write_text((args.results or output / "results") / "decisions.md", table(measured)))
+    policies = parse_policies(__doc__, argv, samples=4, wanted=lambda method: True)
+    prompts = [prompt for prompt in policies.prompts for _ in range(policies.samples)]
+    measured = {START: [measure_policy(policies.start, policies.task, prompts)]}
+    for method, directories in policies.directories.items():
+        measured[method] = [measure_policy(path, policies.task, prompts) for path in directories.values()]
+        print(f"{method}, seeds {sorted(directories)}", flush=True)
+    print(write_text(policies.results / "decisions.md", table(measured)))
     return 0
 
 
