@@ -189,8 +189,8 @@ def test_policies_are_sampled_at_temperatures(experiment, trained, tmp_path, mon
     monkeypatch.setattr(temperatures, "sample", sample)
     assert temperatures.main([*trained, "--samples", "4"]) == 0
     table = (tmp_path / "results" / "temperatures.md").read_text()
-    assert "| grpo | 0.6 | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | 2.000 " in table
-    assert "| grpo | 1.2 | 0.250 [0.250, 0.250] | 0.000 [0.000, 0.000] | 1.000 " in table
+    assert "| grpo | 1 | 0.6 | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | 2.000 " in table
+    assert "| grpo | 1 | 1.2 | 0.250 [0.250, 0.250] | 0.000 [0.000, 0.000] | 1.000 " in table
     assert "| siren-0.1 | 1 | 1.00 | +0.000 [+0.000, +0.000] |" in table
     assert (tmp_path / "results" / "temperatures.svg").read_text().startswith("<svg")
 

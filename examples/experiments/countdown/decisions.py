@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[2]), str(HERE)]
 
 from analyse import row, rule  # noqa: E402
-from policies import load, parse_policies  # noqa: E402
+from policies import START, load, parse_policies  # noqa: E402
 
 from siren_megatron.evaluation.results import write_text  # noqa: E402
 from siren_megatron.rewards import countdown  # noqa: E402
@@ -41,7 +41,6 @@ from siren_megatron.vocab_parallel import top_p_mask, vocab_parallel_token_stats
 
 TOP_P, QUANTILE = 0.8, 0.8
 """Of the masks, SIREN's defaults."""
-START = "before training"
 COLUMNS = {
     "selected": "positions selected",
     "precision": "of them decisions",

@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 from siren_megatron.rewards import countdown, rewrite
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+START = "before training"
+"""The checkpoint that every run began from, in the tables."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ sys.path[:0] = [str(HERE.parents[2]), str(HERE)]
 from analyse import row, rule, show, show_difference  # noqa: E402
 from bootstrap import bootstrap  # noqa: E402
 from matrix import BASELINE  # noqa: E402
-from policies import Policies, load, parse_policies  # noqa: E402
+from policies import START, Policies, load, parse_policies  # noqa: E402
 
 from siren_megatron.charts import Chart, Series, figure  # noqa: E402
 from siren_megatron.evaluation.passk import majority_at_k, pass_at_k  # noqa: E402
@@ -90,16 +90,17 @@ def at_equal_avg(values: Values, baseline: Mapping[float, Values]) -> tuple[floa
 def table(measured: Mapping[str, Mapping[float, Values]]) -> str:
     """Markdown: a row for each method and temperature, then the comparisons at equal avg."""
     names = list(next(iter(measured[BASELINE].values())))
-    head = ["method", "temperature", *names]
+    head = ["method", "seeds", "temperature", *names]
     lines = [row(head), rule(head)]
     for method, by_temperature in measured.items():
         for temperature, values in by_temperature.items():
-            lines.append(row([method, f"{temperature:g}", *(show(bootstrap(values[n])) for n in names)]))
+            cells = [show(bootstrap(values[name])) for name in names]
+            lines.append(row([method, str(len(values["avg"])), f"{temperature:g}", *cells]))
     head = ["method", "temperature", f"{BASELINE} at", *names[1:]]
     lines += ["", f"## Difference to {BASELINE} at the temperature of equal avg", "", row(head), rule(head)]
     for method, by_temperature in measured.items():
         for temperature, values in by_temperature.items():
-            if method == BASELINE or (equal := at_equal_avg(values, measured[BASELINE])) is None:
+            if method in (START, BASELINE) or (equal := at_equal_avg(values, measured[BASELINE])) is None:
                 continue
             cells = [show_difference(values[name] - equal[1][name]) for name in names[1:]]
             lines.append(row([method, f"{temperature:g}", f"{equal[0]:.2f}", *cells]))
@@ -124,14 +125,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"temperatures.py: error: no policy of {BASELINE}", file=sys.stderr)
         return 2
     seeds = set.intersection(*(set(of) for of in policies.directories.values()))
+    sampled = {START: [policies.start]} | {
+        method: [of[seed] for seed in sorted(seeds)] for method, of in policies.directories.items()
+    }
     measured: dict[str, dict[float, Values]] = {}
-    for method, directories in policies.directories.items():
+    for method, directories in sampled.items():
         for temperature in TEMPERATURES:
-            runs = [measure(policies, directories[seed], temperature) for seed in sorted(seeds)]
+            runs = [measure(policies, directory, temperature) for directory in directories]
             measured.setdefault(method, {})[temperature] = {
                 name: np.array([run[name] for run in runs]) for name in runs[0]
             }
-            print(f"{method} at temperature {temperature:g}, seeds {sorted(seeds)}", flush=True)
+            print(f"{method} at temperature {temperature:g}: {len(runs)} policies", flush=True)
     print(write_text(policies.results / "temperatures.md", table(measured)))
     print(write_text(policies.results / "temperatures.svg", chart(measured)))
     return 0
