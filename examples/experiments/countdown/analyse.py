@@ -22,7 +22,7 @@ sys.path[:0] = [str(HERE.parents[2]), str(HERE)]
 
 from bootstrap import Interval, bootstrap  # noqa: E402
 from figures import curves, pass_at_k, sensitivity  # noqa: E402
-from matrix import BASELINE, GRID, METHODS, SENSITIVITY  # noqa: E402
+from matrix import BASELINE, GRID, METHODS, SENSITIVITY, SIREN  # noqa: E402
 from record import MAJORITY_K, path_of, per_prompt  # noqa: E402
 
 from siren_megatron.evaluation.results import write_text  # noqa: E402
@@ -130,12 +130,14 @@ def _tables(results: Results) -> str:
         "[low, high]: 95% bootstrap over prompts and seeds. Entropies in nats, mean of the last "
         f"{LAST_STEPS} steps.",
     ]
-    if BASELINE in methods:
+    for reference in (BASELINE, SIREN):
+        if reference not in methods or len(methods) < 2:
+            continue
         head = ["method", *names]
-        lines += ["", f"## Difference to {BASELINE}, paired by prompt and seed", "", row(head), rule(head)]
+        lines += ["", f"## Difference to {reference}, paired by prompt and seed", "", row(head), rule(head)]
         for method in methods:
-            differences = [results.difference(method, BASELINE, name) for name in names]
-            if method != BASELINE and differences[0] is not None:
+            differences = [results.difference(method, reference, name) for name in names]
+            if method != reference and differences[0] is not None:
                 lines.append(row([method, *(show_difference(d) for d in differences)]))
         lines += ["", "Bold: the interval does not hold 0."]
     return "\n".join([*lines, *_grid(results)]) + "\n"

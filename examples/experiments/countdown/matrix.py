@@ -44,7 +44,8 @@ GRID: dict[str, tuple[str, ...]] = {
 }
 
 BASELINE = "grpo"
-"""What every other method is compared with."""
+SIREN = "siren-0.1"
+"""What every other method is compared with: plain GRPO, and SIREN of all three parts."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from matrix import SETTINGS, TASKS
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers.utils import logging
 
 from siren_megatron.rewards import countdown, rewrite
 
@@ -88,5 +89,6 @@ def parse_policies(
 
 def load(directory: Path) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
     """A policy in fp32, in evaluation mode, and its tokenizer."""
+    logging.disable_progress_bar()  # one for a file of a megabyte
     model = Qwen2ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     return model, PreTrainedTokenizerFast.from_pretrained(directory)
