@@ -12,7 +12,7 @@ from html import escape
 
 CHART_WIDTH, CHART_HEIGHT = 480, 270  # units of the view box: text is 11 to 13 of them high
 LEFT, RIGHT, BOTTOM = 54, 14, 30  # margins around the plot area
-TOP, TOP_WITH_LEGEND = 42, 60
+TOP, TOP_WITH_LEGEND, LEGEND_LINE = 42, 60, 16
 DOTS = 12  # points up to which a curve shows each of them
 SERIES_COLORS = 8
 MAX_POINTS = 800  # a curve; longer ones keep the lowest and highest point of each bucket
@@ -75,12 +75,16 @@ class Chart:
         series: its curves.
         stacked: piles them up as areas (all on the same steps).
         legend: whether several series are named in the chart itself.
+        x_label: stands at the start of the x axis.
+        x_base: the series' steps are logarithms to this base, and the axis shows the numbers themselves.
     """
 
     title: str
     series: tuple[Series, ...]
     stacked: bool = False
     legend: bool = True
+    x_label: str = "step"
+    x_base: float | None = None
 
     @property
     def has_legend(self) -> bool:
@@ -160,15 +164,20 @@ def thin(
 class _Plot:
     """Maps data to the view box."""
 
-    def __init__(self, steps: tuple[float, float], values: tuple[float, float], top: float) -> None:
+    def __init__(self, points: Sequence[tuple[float, float]], top: float, whole: bool) -> None:
+        """`whole`: ticks of the x axis are whole numbers, as they are where all x are."""
         self.top = top
-        low, high = values
+        steps = [x for x, _ in points]
+        low, high = min(y for _, y in points), max(y for _, y in points)
         if 0 < low < 0.4 * high:  # a scale that nearly reaches zero should reach it
             low = 0.0
         self.y_ticks = nice_ticks(low, high if high or low else 1.0)  # a count of nothing is not negative
-        self.x_low, self.x_high = steps
+        self.x_low, self.x_high = min(steps), max(steps)
+        whole = whole or all(x == int(x) for x in steps)
         self.x_ticks = [
-            x for x in nice_ticks(*steps, count=7) if self.x_low <= x <= self.x_high and x == int(x)
+            x
+            for x in nice_ticks(self.x_low, self.x_high, count=7)
+            if self.x_low <= x <= self.x_high and (x == int(x) or not whole)
         ]
 
     def x(self, step: float) -> float:
@@ -194,7 +203,7 @@ class _Plot:
         return "".join(parts)
 
 
-def _frame(plot: _Plot) -> list[str]:
+def _frame(plot: _Plot, chart: Chart) -> list[str]:
     right, bottom = CHART_WIDTH - RIGHT, CHART_HEIGHT - BOTTOM
     parts = []
     for tick in plot.y_ticks:
@@ -204,10 +213,10 @@ def _frame(plot: _Plot) -> list[str]:
             f'<text x="{LEFT - 7}" y="{y + 3.8:.1f}" text-anchor="end">{_tick(tick, plot.y_ticks)}</text>'
         )
     for tick in plot.x_ticks:
-        parts.append(
-            f'<text x="{plot.x(tick):.1f}" y="{bottom + 17}" text-anchor="middle">{format_value(tick)}</text>'
-        )
-    parts.append(f'<text x="{LEFT - 7}" y="{bottom + 17}" text-anchor="end">step</text>')
+        number = format_value(tick if chart.x_base is None else chart.x_base**tick)
+        parts.append(f'<text x="{plot.x(tick):.1f}" y="{bottom + 17}" text-anchor="middle">{number}</text>')
+    label = escape(chart.x_label)
+    parts.append(f'<text x="{LEFT - 12}" y="{bottom + 17}" text-anchor="end">{label}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     return parts
 
@@ -228,18 +237,21 @@ def _tick(tick: float, ticks: Sequence[float]) -> str:
     return format_value(tick)
 
 
-def _legend(chart: Chart) -> list[str]:
-    parts, x = [], LEFT - 38
+def _legend(chart: Chart) -> tuple[list[str], float]:
+    """The names of the series, in as many lines as they need, and the height of the lines after the first."""
+    parts, x, y = [], LEFT - 38, 0
     for index, series in enumerate(chart.series):
-        color = index % SERIES_COLORS
+        color, width = index % SERIES_COLORS, 32 + round(6.0 * len(series.name))
+        if x > LEFT - 38 and x + width > CHART_WIDTH:
+            x, y = LEFT - 38, y + LEGEND_LINE
         if chart.stacked:
-            parts.append(f'<rect class="f{color}" x="{x}" y="34" width="10" height="10" rx="2"/>')
+            parts.append(f'<rect class="f{color}" x="{x}" y="{y + 34}" width="10" height="10" rx="2"/>')
         else:
             dashed = " dashed" if series.dashed else ""
-            parts.append(f'<path class="line c{color}{dashed}" d="M{x} 39h14"/>')
-        parts.append(f'<text class="legend" x="{x + 19}" y="43">{escape(series.name)}</text>')
-        x += 32 + round(6.0 * len(series.name))
-    return parts
+            parts.append(f'<path class="line c{color}{dashed}" d="M{x} {y + 39}h14"/>')
+        parts.append(f'<text class="legend" x="{x + 19}" y="{y + 43}">{escape(series.name)}</text>')
+        x += width
+    return parts, y
 
 
 def render(chart: Chart, attributes: str = "") -> str:
@@ -278,20 +290,18 @@ def render(chart: Chart, attributes: str = "") -> str:
                 layers.append((color, thin(series.steps, trailing_mean(series.values, window)), []))
     points = [point for _, upper, lower in layers for point in upper + lower if math.isfinite(point[1])]
     head = [f'<text class="title" x="{LEFT - 38}" y="20">{escape(chart.title)}</text>']
+    top = TOP
     if chart.has_legend:
-        head += _legend(chart)
+        legend, more = _legend(chart)
+        head, top = head + legend, TOP_WITH_LEGEND + more
     if not points:
         body = [
             f'<text x="{CHART_WIDTH / 2}" y="{CHART_HEIGHT / 2}" text-anchor="middle">no finite values</text>'
         ]
         geometry = ""
     else:
-        plot = _Plot(
-            (min(x for x, _ in points), max(x for x, _ in points)),
-            (min(y for _, y in points), max(y for _, y in points)),
-            TOP_WITH_LEGEND if chart.has_legend else TOP,
-        )
-        body = _frame(plot)
+        plot = _Plot(points, top, whole=chart.x_base is not None)
+        body = _frame(plot, chart)
         for classes, upper, lower in layers:
             data = plot.path(upper)
             if lower:

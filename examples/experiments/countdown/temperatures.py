@@ -109,14 +109,16 @@ def table(measured: Mapping[str, Mapping[float, Values]]) -> str:
 
 
 def chart(measured: Mapping[str, Mapping[float, Values]]) -> str:
-    """pass@k over avg, a point for each temperature."""
+    """pass@k over avg, a point for each temperature, of the trained policies."""
     name = list(next(iter(measured[BASELINE].values())))[-1]
     series = []
     for method, by_temperature in measured.items():
+        if method == START:
+            continue
         points = sorted((float(v["avg"].mean()), float(v[name].mean())) for v in by_temperature.values())
         series.append(Series(method, [x for x, _ in points], [y for _, y in points]))
     title = f"{name} over avg, temperatures {TEMPERATURES[0]:g} to {TEMPERATURES[-1]:g}"
-    return figure([Chart(title, tuple(series))], columns=1)
+    return figure([Chart(title, tuple(series), x_label="avg")], columns=1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
