@@ -149,7 +149,8 @@ def table(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     head = ["method", "seeds", *COLUMNS.values()]
     lines = [row(head), rule(head)]
     for method, runs in measured.items():
-        cells = [f"{np.mean([run[name] for run in runs]):.3f}" for name in COLUMNS]
+        means = [np.mean([run[name] for run in runs]) for name in COLUMNS]
+        cells = ["" if np.isnan(mean) else f"{mean:.3f}" for mean in means]
         lines.append(row([method, "" if method == START else str(len(runs)), *cells]))
     lines += [
         "",
