@@ -106,7 +106,7 @@ class Page:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def size(self, width: int, height: int, scale: float = 1.0) -> None:
-        """The window's size in CSS pixels, and device pixels for each."""
+        """The window's size in CSS pixels, and device pixels for each; returns when the page knows it."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -114,6 +114,8 @@ class Page:
             deviceScaleFactor=scale,
             mobile=width < 700,
         )
+        # The handlers of a new size run in the next frame, before what was asked of that frame.
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def scheme(self, name: str) -> None:
         """prefers-color-scheme: "light" or "dark"."""
