@@ -33,7 +33,17 @@ ARCHITECTURE = {
 def experiment(monkeypatch):
     """The experiment's modules, which import each other by their bare names."""
     monkeypatch.syspath_prepend(str(EXPERIMENT))
-    names = ("matrix", "bootstrap", "record", "figures", "analyse", "policies", "decisions", "temperatures")
+    names = (
+        "matrix",
+        "experiment",
+        "bootstrap",
+        "record",
+        "figures",
+        "analyse",
+        "policies",
+        "decisions",
+        "temperatures",
+    )
     names = (*names, "run")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -236,7 +246,8 @@ def test_every_run_of_every_setting_is_accepted(experiment, tmp_path, monkeypatc
             (model / "prompts" / f"{name}.jsonl").write_bytes(prompts.read_bytes())
         cells = run.cells(setting, None)
         assert len({(cell.name, cell.seed) for cell in cells}) == len(cells)
-        runner = run.Runner("countdown", setting, model, tmp_path, tmp_path / "results")
+        places = {"checkpoint": model, "output": tmp_path, "results": tmp_path / "results"}
+        runner = run.Runner(run.Experiment("countdown", setting, **places))
         for cell in cells:
             command = runner._training(cell, tmp_path / cell.name)
             script = command.index(str(REPOSITORY / "pretrain_siren.py"))

@@ -13,7 +13,6 @@ vLLM server; `--jobs` of them go side by side. Runs and logs lie under --output,
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import signal
@@ -27,12 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[2]
-sys.path[:0] = [str(REPOSITORY), str(HERE)]
+sys.path[:0] = [str(HERE.parents[2]), str(HERE)]
 
-from matrix import GRID, METHODS, SETTINGS, TASKS, TRAINING, Setting  # noqa: E402
+from experiment import REPOSITORY, Experiment, new_parser  # noqa: E402
+from matrix import GRID, METHODS, TRAINING, Setting  # noqa: E402
 from record import path_of, write_record  # noqa: E402
 
+from siren_megatron.evaluation.results import write_text  # noqa: E402
 from siren_megatron.metrics import read_metrics  # noqa: E402
 
 
@@ -43,9 +43,6 @@ class Cell:
     name: str
     options: tuple[str, ...]
     seed: int
-
-    def directory(self, output: Path) -> Path:
-        return output / "runs" / self.name / f"seed{self.seed}"
 
 
 def cells(setting: Setting, only: Sequence[str] | None) -> list[Cell]:
@@ -59,9 +56,8 @@ def cells(setting: Setting, only: Sequence[str] | None) -> list[Cell]:
 class Runner:
     """Runs cells as child processes, and ends those that still run when it is closed."""
 
-    def __init__(self, task: str, setting: Setting, checkpoint: Path, output: Path, results: Path):
-        self.task, self.setting, self.checkpoint = task, setting, checkpoint
-        self.output, self.results = output, results
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
         self.children: set[subprocess.Popen] = set()
         self.lock, self.closed = threading.Lock(), False
 
@@ -71,7 +67,7 @@ class Runner:
         Raises:
             RuntimeError: a step failed; the message names its log.
         """
-        directory = cell.directory(self.output)
+        directory = self.experiment.run(cell.name, cell.seed)
         directory.mkdir(parents=True, exist_ok=True)
         train = directory / "train"
         if not (train / "hf" / "config.json").exists():
@@ -82,24 +78,31 @@ class Runner:
         if lost := sum(row["reward_timeouts"] + row["reward_errors"] for row in rows):
             raise RuntimeError(f"{lost} rewards were lost, see {directory / 'train.log'}")
         write_record(
-            path_of(self.results, cell.name, cell.seed),
+            path_of(self.experiment.results, cell.name, cell.seed),
             graded=next((train / "eval_last").glob("*_graded.jsonl")),
             metrics=train / "metrics.jsonl",
-            about={"method": cell.name, "seed": cell.seed, "task": self.task, "options": cell.options},
+            about={
+                "method": cell.name,
+                "seed": cell.seed,
+                "task": self.experiment.task,
+                "options": cell.options,
+            },
         )
         shutil.rmtree(train / "checkpoints", ignore_errors=True)  # hf/ holds the policy
 
     def _training(self, cell: Cell, train: Path) -> list[str]:
-        setting, data = self.setting, self.checkpoint / "prompts"
-        curve = data / f"curve-{setting.curve_prompts}.jsonl"
+        experiment, setting = self.experiment, self.experiment.setting
+        start, held_out = experiment.checkpoint, experiment.prompts("eval", setting.eval_prompts)
+        curve = experiment.prompts("curve", setting.curve_prompts)
         command = [
-            *(sys.executable, str(REPOSITORY / "pretrain_siren.py"), "--hf-checkpoint", str(self.checkpoint)),
-            *("--prompt-data", str(data / "train.jsonl"), "--reward", self.task, "--seed", str(cell.seed)),
+            *(sys.executable, str(REPOSITORY / "pretrain_siren.py"), "--hf-checkpoint", str(start)),
+            *("--prompt-data", str(start / "prompts" / "train.jsonl"), "--reward", experiment.task),
+            *("--seed", str(cell.seed)),
             *("--num-steps", str(setting.steps), "--save", str(train), "--save-interval", "40"),
             *("--save-total-limit", "1", *TRAINING, *cell.options),
             *("--eval-data", str(curve), "--eval-interval", str(setting.curve_interval)),
             *("--eval-num-samples", str(setting.curve_samples), "--eval-temperature", "1"),
-            *("--eval-top-p", "1", "--eval-last-data", str(data / f"eval-{setting.eval_prompts}.jsonl")),
+            *("--eval-top-p", "1", "--eval-last-data", str(held_out)),
             *("--eval-last-num-samples", str(setting.eval_samples)),
         ]
         if (train / "checkpoints" / "latest").exists():
@@ -135,31 +138,24 @@ class Runner:
                 os.killpg(child.pid, signal.SIGKILL)
 
 
-def prepare(task: str, setting: Setting, checkpoint: Path) -> None:
+def prepare(experiment: Experiment) -> None:
     """The toy checkpoint, and its held-out prompts cut to the setting's sizes."""
-    tool = REPOSITORY / "tools" / "make_toy_checkpoint.py"
-    subprocess.run([sys.executable, str(tool), task, "--output", str(checkpoint)], check=True)
-    lines = (checkpoint / "prompts" / "eval.jsonl").read_text().splitlines(keepends=True)
+    tool, setting = REPOSITORY / "tools" / "make_toy_checkpoint.py", experiment.setting
+    command = [sys.executable, str(tool), experiment.task, "--output", str(experiment.checkpoint)]
+    subprocess.run(command, check=True)
+    held_out = experiment.checkpoint / "prompts" / "eval.jsonl"
+    lines = held_out.read_text().splitlines(keepends=True)
     for kind, count in (("eval", setting.eval_prompts), ("curve", setting.curve_prompts)):
-        (checkpoint / "prompts" / f"{kind}-{count}.jsonl").write_text("".join(lines[:count]))
+        write_text(experiment.prompts(kind, count), "".join(lines[:count]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--setting", choices=SETTINGS, default="quick", help="default: %(default)s")
-    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="default: %(default)s")
-    parser.add_argument("--output", type=Path, help="default: runs/experiments/TASK-SETTING")
-    parser.add_argument("--results", type=Path, help="default: OUTPUT/results")
-    parser.add_argument("--checkpoint", type=Path, help="default: runs/toy-TASK")
+    parser = new_parser(__doc__)
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="only these methods")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side; default: %(default)s")
     args = parser.parse_args(argv)
-    setting = SETTINGS[args.setting]
-    output = args.output or REPOSITORY / "runs" / "experiments" / f"{args.task}-{args.setting}"
-    results = args.results or output / "results"
-    checkpoint = args.checkpoint or REPOSITORY / "runs" / f"toy-{args.task}"
+    experiment = Experiment.of(args)
+    setting, results = experiment.setting, experiment.results
     known = {cell.name for cell in cells(setting, None)}
     if unknown := sorted(set(args.only or ()) - known):
         parser.error(
@@ -167,11 +163,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
-    prepare(args.task, setting, checkpoint)
+    prepare(experiment)
     todo = cells(setting, args.only)
     left = [cell for cell in todo if not path_of(results, cell.name, cell.seed).exists()]
     print(
-        f"{len(todo)} runs, {len(todo) - len(left)} finished before; runs and logs: {output}, "
+        f"{len(todo)} runs, {len(todo) - len(left)} finished before; runs and logs: {experiment.output}, "
         f"results: {results}",
         flush=True,
     )
@@ -179,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.default_int_handler)
     try:
-        failed = run_all(Runner(args.task, setting, checkpoint, output, results), left, args.jobs)
+        failed = run_all(Runner(experiment), left, args.jobs)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
