@@ -33,22 +33,12 @@ ARCHITECTURE = {
 def experiment(monkeypatch):
     """The experiment's modules, which import each other by their bare names."""
     monkeypatch.syspath_prepend(str(EXPERIMENT))
-    names = (
-        "matrix",
-        "experiment",
-        "bootstrap",
-        "record",
-        "figures",
-        "analyse",
-        "policies",
-        "decisions",
-        "temperatures",
-    )
-    names = (*names, "run")
+    names = [path.stem for path in EXPERIMENT.glob("*.py")]
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     import analyse
     import decisions
+    import figures
     import matrix
     import record
     import run
@@ -57,6 +47,7 @@ def experiment(monkeypatch):
     yield {
         "analyse": analyse,
         "decisions": decisions,
+        "figures": figures,
         "matrix": matrix,
         "record": record,
         "run": run,
@@ -121,6 +112,18 @@ def test_differences_are_paired_by_seed_and_prompt(experiment, tmp_path):
     table = (results / "results.md").read_text()
     assert results / "curves.svg" in written and "| siren-0.1 | +0.250 [+0.000, +0.500]" in table
     assert experiment["analyse"].analyse(tmp_path / "nothing") == []
+
+
+def test_an_exploded_method_is_drawn_once(experiment):
+    def run(*entropy):
+        return {"curves": {"entropy": [[n, value] for n, value in enumerate(entropy)], "reward": [[0, 1.0]]}}
+
+    records = {"naive-0.05": [run(0.4, 6.9)], "grpo": [run(0.4, 0.2)], "siren-0.1": [run(0.4, 0.3)]}
+    drawn = experiment["figures"].curves(records)
+    assert drawn.count(">naive-0.05<") == 1 and drawn.count(">siren-0.1<") == 3
+    assert "exploded runs too" in drawn
+    del records["naive-0.05"]
+    assert "exploded" not in experiment["figures"].curves(records)
 
 
 @pytest.mark.parametrize("task", [countdown, rewrite])
@@ -218,7 +221,7 @@ def test_the_baseline_is_compared_at_equal_avg(experiment):
 
 
 def test_the_masks_of_policies_are_measured(experiment, trained, tmp_path, capsys):
-    """Of an untrained policy nearly all responses leave the legal ones at once."""
+    """An untrained policy is nearly uniform: log 512 = 6.24 nats, and hardly any of its mass legal."""
     assert experiment["decisions"].main([*trained, "--samples", "2"]) == 0
     rows = (tmp_path / "results" / "decisions.md").read_text().splitlines()
     assert [row.split(" | ")[:2] for row in rows[2:5]] == [
@@ -227,6 +230,11 @@ def test_the_masks_of_policies_are_measured(experiment, trained, tmp_path, capsy
         ["| siren-0.1", "1"],
     ]
     assert {row.split(" | ", 2)[2] for row in rows[2:5]} == {rows[2].split(" | ", 2)[2]}, "the same policy"
+    measured = dict(zip(rows[0].strip("| ").split(" | "), rows[3].strip("| ").split(" | "), strict=True))
+    assert 6.1 < float(measured["entropy at decisions"]) <= 6.239
+    assert (
+        float(measured["of its mass legal"]) < 0.02 and float(measured["entropy from illegal tokens"]) > 0.98
+    )
     with pytest.raises(SystemExit):
         experiment["decisions"].main(["--output", str(tmp_path / "nowhere")])
     assert "no policy of run.py under" in capsys.readouterr().err

@@ -235,6 +235,33 @@ def test_values_that_are_not_finite_leave_gaps():
     assert "no finite values" in render(Chart("c", (Series("a", [1, 2], [math.nan] * 2),)))
 
 
+def test_a_logarithmic_axis_shows_the_numbers_themselves():
+    svg = ElementTree.fromstring(
+        render(Chart("c", (Series("a", [-2.3, -1.0, 0.0], [1.0, 2.0, 3.0]),), x_label="beta", x_base=10))
+    )
+    below = [text for text in svg.iter("text") if text.get("y") == str(CHART_HEIGHT - BOTTOM + 17)]
+    assert [text.text for text in below] == ["0.01", "0.1", "1", "beta"]
+    assert float(below[1].get("x")) == pytest.approx(
+        LEFT + 1.3 / 2.3 * (CHART_WIDTH - LEFT - RIGHT), abs=0.06
+    )
+
+
+def test_a_long_legend_goes_on_in_the_next_line():
+    def chart(count):
+        series = tuple(Series(f"method-number-{n}", [1, 2], [0.0, 1.0]) for n in range(count))
+        return ElementTree.fromstring(render(Chart("c", series)))
+
+    names = [
+        (text.get("y"), float(text.get("x")))
+        for text in chart(6).iter("text")
+        if text.get("class") == "legend"
+    ]
+    assert [y for y, _ in names] == ["43"] * 3 + ["59"] * 3
+    assert names[0][1] == names[3][1] and max(x for _, x in names) + 6 * len("method-number-0") < CHART_WIDTH
+    tops = [float(chart(count).get("data-y").split()[3]) for count in (3, 6)]
+    assert tops[1] - tops[0] == 16, "the plot begins below the legend"
+
+
 def test_stacked_areas_add_up():
     series = (Series("a", [1, 2], [1.0, 2.0]), Series("b", [1, 2], [3.0, 2.0]))
     svg = ElementTree.fromstring(render(Chart("c", series, stacked=True)))

@@ -33,14 +33,14 @@ sys.path[:0] = [str(HERE.parents[2]), str(HERE)]
 from analyse import row, rule  # noqa: E402
 from policies import START, load, parse_policies  # noqa: E402
 
+from siren_megatron.config import option_defaults  # noqa: E402
 from siren_megatron.evaluation.results import write_text  # noqa: E402
 from siren_megatron.rewards import countdown  # noqa: E402
 from siren_megatron.siren import peak_entropy_mask  # noqa: E402
 from siren_megatron.toy_model import sample  # noqa: E402
 from siren_megatron.vocab_parallel import top_p_mask, vocab_parallel_token_stats  # noqa: E402
 
-TOP_P, QUANTILE = 0.8, 0.8
-"""Of the masks, SIREN's defaults."""
+TOP_P, QUANTILE = (option_defaults()[name] for name in ("entropy_top_p", "siren_peak_quantile"))
 COLUMNS = {
     "selected": "positions selected",
     "precision": "of them decisions",
@@ -161,7 +161,7 @@ def table(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    policies = parse_policies(__doc__, argv, samples=4, wanted=lambda method: True)
+    policies = parse_policies(__doc__, argv, samples=4)
     prompts = [prompt for prompt in policies.prompts for _ in range(policies.samples)]
     measured = {START: [measure_policy(policies.start, policies.task, prompts)]}
     for method, directories in policies.directories.items():

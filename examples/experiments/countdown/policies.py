@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -41,13 +41,13 @@ class Policies:
 
 
 def parse_policies(
-    description: str | None, argv: Sequence[str] | None, *, samples: int, wanted: Callable[[str], bool]
+    description: str | None, argv: Sequence[str] | None, *, samples: int, methods: Sequence[str] | None = None
 ) -> Policies:
     """The options that say which experiment, and `--samples`.
 
     Args:
         samples: its default.
-        wanted: whether a method is looked at.
+        methods: the ones that are looked at; None = all of the setting.
     """
     parser = new_parser(description)
     parser.add_argument("--samples", type=int, default=samples, help="to each prompt; default: %(default)s")
@@ -55,7 +55,9 @@ def parse_policies(
     experiment = Experiment.of(args)
     held_out = experiment.prompts("eval", experiment.setting.eval_prompts)
     found = {}
-    for method in filter(wanted, experiment.setting.methods):
+    for method in experiment.setting.methods:
+        if methods is not None and method not in methods:
+            continue
         seeds = range(1, experiment.setting.seeds + 1)
         paths = {seed: experiment.run(method, seed) / "train" / "hf" for seed in seeds}
         if trained := {seed: path for seed, path in paths.items() if path.is_dir()}:

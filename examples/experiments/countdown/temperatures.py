@@ -25,7 +25,7 @@ sys.path[:0] = [str(HERE.parents[2]), str(HERE)]
 
 from analyse import row, rule, show, show_difference  # noqa: E402
 from bootstrap import bootstrap  # noqa: E402
-from matrix import BASELINE  # noqa: E402
+from matrix import BASELINE, SIREN  # noqa: E402
 from policies import START, Policies, load, parse_policies  # noqa: E402
 
 from siren_megatron.charts import Chart, Series, figure  # noqa: E402
@@ -35,7 +35,7 @@ from siren_megatron.rewards.countdown import END_OF_TEXT  # noqa: E402
 from siren_megatron.toy_model import sample  # noqa: E402
 
 TEMPERATURES = (0.6, 0.8, 1.0, 1.2, 1.4)
-METHODS = (BASELINE, "siren-0.1", "siren-0.5")
+METHODS = (BASELINE, SIREN, "siren-0.5")
 
 Values = dict[str, np.ndarray]
 """Metric -> one number a seed and prompt [S, P]."""
@@ -122,7 +122,7 @@ def chart(measured: Mapping[str, Mapping[float, Values]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    policies = parse_policies(__doc__, argv, samples=64, wanted=METHODS.__contains__)
+    policies = parse_policies(__doc__, argv, samples=64, methods=METHODS)
     if BASELINE not in policies.directories:
         print(f"temperatures.py: error: no policy of {BASELINE}", file=sys.stderr)
         return 2
